@@ -1,0 +1,28 @@
+# `make install` once, then `make test`. Inside a virtual environment, with plain pip.
+PYTHON ?= python3
+
+.PHONY: install test lint types test-vllm demo build ci
+
+install:
+	$(PYTHON) -m pip install -e '.[dev]'
+
+test:            ## all tests but those that need a real vLLM
+	$(PYTHON) -m pytest -n 2
+
+lint:
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m pyright
+
+test-vllm:       ## needs a `vllm` to start: MAESTRO_TEST_VLLM=/path/to/vllm MAESTRO_TEST_MODEL=/path/to/model
+	$(PYTHON) -m pytest -m vllm --timeout 900
+
+demo:
+	$(PYTHON) -m maestro_agents.cli demo
+
+build:
+	$(PYTHON) -m build --no-isolation
+
+ci:              ## what continuous integration runs, in a new virtual environment
+	.ci/run

@@ -1,0 +1,106 @@
+"""Our own OpenAI clients, one per engine: nothing of the caller's client travels to an engine.
+
+A caller's client carries a key, organisation headers, default headers and queries, cookies, proxies and auth hooks, all
+meant for the provider it was made for. An engine gets the body, the allowed headers, and the key that the environment
+holds for it. Clients live in one process (a fork starts without) and, where asynchronous, on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import openai
+from openai._compat import model_copy
+from openai._models import FinalRequestOptions
+
+from maestro_agents.core import EngineSpec
+
+MAX_CLIENTS: Final = 256
+NO_KEY: Final = "EMPTY"
+_HEADERS: Final = frozenset({"accept", "content-type"})
+_HEADER_PREFIXES: Final = ("x-stainless-", "____stainless")  # the SDK's own switches; the latter never leave the process
+
+_Key = tuple[str, str]
+_Client = TypeVar("_Client", openai.OpenAI, openai.AsyncOpenAI)
+_sync: dict[_Key, openai.OpenAI] = {}
+_async: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, openai.AsyncOpenAI]] = WeakKeyDictionary()
+
+
+def _clear() -> None:
+    # the parent's sockets are the parent's: forget them without closing
+    _sync.clear()
+    _async.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_clear)
+
+
+def sync_client(engine: EngineSpec) -> openai.OpenAI:
+    """Return this process's client for an engine."""
+    key = _key(engine)
+    client = _sync.get(key)
+    if client is None:
+        _bound(_sync)
+        client = _sync[key] = _strip(openai.OpenAI(base_url=engine.url, api_key=key[1], max_retries=0))
+    return client
+
+
+def async_client(engine: EngineSpec) -> openai.AsyncOpenAI:
+    """Return the running loop's client for an engine."""
+    loop = asyncio.get_running_loop()
+    if loop not in _async:
+        for ended in [known for known in tuple(_async) if known.is_closed()]:
+            _async.pop(ended, None)  # pooled sockets would keep a closed loop alive
+        _async[loop] = {}
+    clients = _async[loop]
+    key = _key(engine)
+    client = clients.get(key)
+    if client is None:
+        _bound(clients)
+        client = clients[key] = _strip(openai.AsyncOpenAI(base_url=engine.url, api_key=key[1], max_retries=0))
+    return client
+
+
+def _key(engine: EngineSpec) -> _Key:
+    return engine.url, (os.environ.get(engine.api_key_env) if engine.api_key_env else None) or NO_KEY
+
+
+def _bound(clients: dict[_Key, Any]) -> None:
+    while len(clients) >= MAX_CLIENTS:
+        clients.pop(next(iter(clients)))
+
+
+def _strip(client: _Client) -> _Client:
+    """Take back what the SDK reads from the environment by itself (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS and others)."""
+    inner = cast("Any", client)
+    for name in ("organization", "project", "admin_api_key", "webhook_secret"):
+        if hasattr(inner, name):
+            setattr(inner, name, None)
+    # events are read along as they pass, so they must come uncompressed
+    inner._custom_headers = {"Accept-Encoding": "identity"}
+    return client
+
+
+def outgoing(options: FinalRequestOptions, engine: EngineSpec, *, suffix: str, timeout: Any, extra: Mapping[str, Any]) -> Any:
+    """Return the request as the engine gets it; the caller's own options are not touched."""
+    sent = model_copy(options)
+    sent.url = suffix
+    sent.params = {}
+    sent.max_retries = 0
+    sent.timeout = timeout
+    sent.idempotency_key = None
+    given = cast("Mapping[str, Any]", options.headers) if isinstance(options.headers, Mapping) else {}
+    sent.headers = {k: v for k, v in given.items() if _allowed(k)}
+    own: dict[str, Any] = {"model": engine.served_model} if engine.served_model else {}
+    sent.extra_json = {**cast("Mapping[str, Any]", options.extra_json or {}), **own, **extra}
+    return sent
+
+
+def _allowed(header: str) -> bool:
+    name = header.lower()
+    return name in _HEADERS or name.startswith(_HEADER_PREFIXES)

@@ -1,0 +1,71 @@
+"""What the code can say about a workflow's runs, checked where it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Self, TypedDict
+
+from maestro_agents.core import ServiceClass
+from maestro_agents.errors import ConfigError
+
+
+class OptionArgs(TypedDict, total=False):
+    """The keyword arguments of ``@maestro(...)``, ``maestro.wrap``, ``maestro.install`` and ``maestro.options``."""
+
+    #: Who waits for the answer: ``interactive`` or ``batch``.
+    service_class: ServiceClass | str
+    #: Seconds from a run's start within which it should end.
+    deadline_s: float
+    #: Whose work it is.
+    tenant: str
+    #: What to call the agent, where the graph has no telling name.
+    agent: str
+    #: Refuse early, rather than serve late, when the deadline cannot be met.
+    refuse_late: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Options after checking; None where nothing was said."""
+
+    service_class: ServiceClass | None = None
+    deadline_s: float | None = None
+    tenant: str | None = None
+    agent: str | None = None
+    refuse_late: bool | None = None
+
+    @classmethod
+    def check(cls, given: OptionArgs | dict[str, Any]) -> Self:
+        """Build from keyword arguments. Raises `ConfigError` that says what to do."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        values: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+                raise ConfigError(f"maestro has no option {name!r}: {hint}")
+        if "service_class" in values:
+            try:
+                values["service_class"] = ServiceClass(values["service_class"])
+            except ValueError:
+                classes = " or ".join(f'"{c.value}"' for c in ServiceClass)
+                raise ConfigError(f"service_class = {values['service_class']!r}: say {classes}") from None
+        if "deadline_s" in values:
+            deadline_s: object = values["deadline_s"]
+            number = isinstance(deadline_s, int | float) and not isinstance(deadline_s, bool)
+            if not number or not math.isfinite(deadline_s) or deadline_s <= 0:
+                raise ConfigError(f"deadline_s = {deadline_s!r}: give the seconds a run may take, more than 0")
+        for name in ("tenant", "agent"):
+            if name in values and (not isinstance(values[name], str) or not values[name].strip()):
+                raise ConfigError(f"{name} = {values[name]!r}: give a name, or leave it out")
+        if not isinstance(values.get("refuse_late", False), bool):
+            raise ConfigError(f"refuse_late = {values['refuse_late']!r}: say True or False")
+        return cls(**values)
+
+    def over(self, other: Options) -> Options:
+        """Return these options, and the other's where nothing is said here."""
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(other, **{k: v for k, v in mine.items() if v is not None})

@@ -1,0 +1,306 @@
+"""Watching an answer on its way to the caller: first byte, usage, end. Bytes pass through as they come.
+
+One thing is taken out: the usage chunk that Maestro asked the engine for and the caller did not. A partial event is held
+until it is whole, which costs nothing: the SDK cannot use half an event either.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import re
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, Self, cast
+
+_EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_TELLING: Final = (b'"usage"', b'"tool_calls"', b'"error"', b"response.created", b"response.completed", b"response.failed",
+                   b"response.incomplete")  # fmt: skip
+_LONGEST_EVENT_BYTES: Final = 4 << 20
+_LONGEST_BODY_BYTES: Final = 4 << 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Usage:
+    """What an answer says of its own cost; zeros where it says nothing."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    tool_calls: int = 0
+    engine_queue_s: float = 0.0
+    engine_ttft_s: float = 0.0
+    response_id: str = ""
+    failed: bool = False
+
+    def absorb(self, body: Mapping[str, Any]) -> None:
+        """Take what a whole answer, a chunk, or an event of the responses API says. Anything else is ignored."""
+        inner = body.get("response")
+        if isinstance(inner, Mapping):
+            self.failed |= body.get("type") == "response.failed"
+            body = cast("Mapping[str, Any]", inner)
+        self.failed |= bool(body.get("error"))
+        if body.get("object") == "response":
+            self.response_id = str(body.get("id") or self.response_id)
+        usage = _mapping(body.get("usage"))
+        if usage:
+            self.prompt_tokens = _int(usage.get("prompt_tokens", usage.get("input_tokens")))
+            self.output_tokens = _int(usage.get("completion_tokens", usage.get("output_tokens")))
+            details = _mapping(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+            self.cached_tokens = _int(details.get("cached_tokens"))
+        metrics = _mapping(body.get("metrics"))  # vLLM --enable-per-request-metrics
+        if metrics:
+            self.engine_queue_s = _float(metrics.get("queue_time_ms")) / 1000
+            self.engine_ttft_s = _float(metrics.get("time_to_first_token_ms")) / 1000
+        for choice in _mappings(body.get("choices")):
+            whole = _mapping(choice.get("message"))
+            self.tool_calls += len(_mappings(whole.get("tool_calls")))
+            # a streamed call is named once, in its first piece
+            pieces = _mappings(_mapping(choice.get("delta")).get("tool_calls"))
+            self.tool_calls += sum(1 for p in pieces if p.get("id"))
+        outputs = [o for o in _mappings(body.get("output")) if o.get("type") == "function_call"]
+        self.tool_calls = max(self.tool_calls, len(outputs))
+
+
+class Watched(Protocol):
+    """The call that an answer belongs to. None of these waits or raises; the first end counts."""
+
+    def first_byte(self) -> None: ...
+    def finish(self, usage: Usage, *, ok: bool) -> None: ...
+    def cancel(self) -> None: ...
+
+
+class Watcher:
+    """Reads along: fed with bytes, returns the bytes for the caller, tells the call what happened."""
+
+    def __init__(self, call: Watched, *, events: bool, hide_usage: bool, legible: bool) -> None:
+        self._call = call
+        self._events = events
+        self._hide_usage = hide_usage and events and legible
+        self._legible = legible
+        self._buffer = bytearray()
+        self._handed = False
+        self._ended = False
+        self.usage = Usage()
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return what of it (and of what was held back) goes to the caller now."""
+        if not self._legible:
+            return chunk
+        try:
+            return self._read(chunk)
+        except Exception:  # a bug of ours: from here on the bytes just pass
+            held, self._legible = bytes(self._buffer), False
+            return (held if self._hide_usage else b"") or chunk
+
+    def _read(self, chunk: bytes) -> bytes:
+        self._buffer += chunk
+        if not self._events:
+            if len(self._buffer) > _LONGEST_BODY_BYTES:
+                self._legible = False
+                self._buffer.clear()
+            return chunk
+        kept = bytearray()
+        while end := _EVENT_END.search(self._buffer):
+            event = bytes(self._buffer[: end.end()])
+            del self._buffer[: end.end()]
+            if not self._look(event):
+                kept += event
+        if len(self._buffer) > _LONGEST_EVENT_BYTES:
+            kept += self._buffer
+            self._buffer.clear()
+            self._legible = False
+        return bytes(kept) if self._hide_usage else chunk
+
+    def _look(self, event: bytes) -> bool:
+        """Learn from an event; True where it is the usage chunk that nobody but us asked for."""
+        if event.startswith((b"data: [DONE]", b"data:[DONE]")):
+            self.end(ok=not self.usage.failed)
+            return False
+        if not any(word in event for word in _TELLING):
+            return False
+        data = b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+        try:
+            body = json.loads(data)
+        except ValueError:
+            return False
+        fields = _mapping(body)
+        self.usage.absorb(fields)
+        if fields.get("type") in {"response.completed", "response.incomplete", "response.failed"}:
+            self.end(ok=not self.usage.failed)
+        return self._hide_usage and fields.get("choices") == [] and bool(fields.get("usage"))
+
+    def rest(self) -> bytes:
+        """Return what was held back at the end of the answer."""
+        held = bytes(self._buffer) if self._hide_usage else b""
+        if not self._events and self._legible and self._buffer:
+            try:
+                self.usage.absorb(_mapping(json.loads(bytes(self._buffer))))
+            except ValueError:
+                pass
+        self._buffer.clear()
+        return held
+
+    def handed(self) -> None:
+        """Note that bytes reach the caller now."""
+        if not self._handed:
+            self._handed = True
+            self._call.first_byte()
+
+    def end(self, *, ok: bool) -> None:
+        if not self._ended:
+            self._ended = True
+            self._call.finish(self.usage, ok=ok)
+
+    def abandon(self) -> None:
+        """The caller stopped reading, or lost the answer altogether."""
+        if not self._ended:
+            self._ended = True
+            self._call.cancel()
+
+    def broke(self, error: BaseException) -> None:
+        if isinstance(error, Exception):
+            self.end(ok=False)
+        else:
+            self.abandon()
+
+
+class SyncTap:
+    """A byte stream of httpx, watched."""
+
+    def __init__(self, inner: Any, watcher: Watcher) -> None:
+        self._inner, self._watcher, self._head = inner, watcher, b""
+        self._source: Iterator[bytes] = iter(inner)
+        self._over = False
+        weakref.finalize(self, watcher.abandon).atexit = False
+
+    def prime(self) -> None:
+        """Wait for the first bytes. An error here is an error before the first byte: nothing is noted, it is raised."""
+        self._head = self._pull()
+
+    def _pull(self) -> bytes:
+        while not self._over:
+            chunk = next(self._source, None)
+            if chunk is None:
+                self._over = True
+                return self._watcher.rest()
+            if out := self._watcher.feed(chunk):
+                return out
+        return b""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            out, self._head = self._head or self._pull(), b""
+        except BaseException as e:
+            self._watcher.broke(e)
+            raise
+        if not out:
+            self._watcher.end(ok=not self._watcher.usage.failed)
+            raise StopIteration
+        self._watcher.handed()
+        return out
+
+    def close(self) -> None:
+        try:
+            self._inner.close()
+        finally:
+            self._watcher.abandon()
+
+
+class AsyncTap:
+    """The same on an event loop."""
+
+    def __init__(self, inner: Any, watcher: Watcher) -> None:
+        self._inner, self._watcher, self._head = inner, watcher, b""
+        self._source: AsyncIterator[bytes] = aiter(inner)
+        self._over = False
+        weakref.finalize(self, watcher.abandon).atexit = False
+
+    async def prime(self) -> None:
+        self._head = await self._pull()
+
+    async def _pull(self) -> bytes:
+        while not self._over:
+            chunk = await anext(self._source, None)
+            if chunk is None:
+                self._over = True
+                return self._watcher.rest()
+            if out := self._watcher.feed(chunk):
+                return out
+        return b""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            out, self._head = self._head or await self._pull(), b""
+        except BaseException as e:
+            self._watcher.broke(e)
+            raise
+        if not out:
+            self._watcher.end(ok=not self._watcher.usage.failed)
+            raise StopAsyncIteration
+        self._watcher.handed()
+        return out
+
+    async def aclose(self) -> None:
+        try:
+            await self._inner.aclose()
+        finally:
+            self._watcher.abandon()
+
+
+def unread_response(result: object) -> Any | None:
+    """Return the HTTP response behind what the SDK returned, where its body is still to be read; else None."""
+    response = http_response(result)
+    return None if response is None or response.is_closed or response.is_stream_consumed else response
+
+
+def http_response(result: object) -> Any | None:
+    """Return the HTTP response behind what the SDK returned: a stream, a raw response, or the response itself."""
+    for candidate in (result, getattr(result, "http_response", None), getattr(result, "response", None)):
+        if hasattr(candidate, "is_stream_consumed"):
+            return candidate
+    return None
+
+
+def tap(response: Any, call: Watched, *, hide_usage: bool, is_async: bool) -> Any:
+    """Put a watcher between a response's bytes and whoever reads them."""
+    kind = str(response.headers.get("content-type", ""))
+    plain = str(response.headers.get("content-encoding", "identity")) in {"", "identity"}
+    watcher = Watcher(call, events="event-stream" in kind, hide_usage=hide_usage, legible=plain)
+    # openai 3 speaks httpx2, older ones httpx: the response knows which
+    make = _tap_class(type(response).__module__.split(".")[0], is_async)
+    response.stream = make(response.stream, watcher)
+    return response.stream
+
+
+@functools.cache
+def _tap_class(module: str, is_async: bool) -> Callable[[Any, Watcher], Any]:  # noqa: FBT001 - a cache key
+    httpx = importlib.import_module(module)
+    if is_async:
+        return type("MaestroAsyncTap", (AsyncTap, httpx.AsyncByteStream), {})
+    return type("MaestroSyncTap", (SyncTap, httpx.SyncByteStream), {})
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: object) -> Sequence[Mapping[str, Any]]:
+    items = cast("list[object]", value) if isinstance(value, list) else []
+    return [cast("Mapping[str, Any]", i) for i in items if isinstance(i, Mapping)]
+
+
+def _int(value: object) -> int:
+    return max(0, int(value)) if isinstance(value, int | float) else 0
+
+
+def _float(value: object) -> float:
+    return max(0.0, float(value)) if isinstance(value, int | float) else 0.0

@@ -1,0 +1,34 @@
+"""Maestro makes a fleet of vLLM servers understand LangGraph programs. This is the map: one stage's journey, by module.
+
+A *stage* is one LLM call that a run of a workflow is ready to make.
+
+====================================== =============================================================================
+what happens                            where
+====================================== =============================================================================
+Who calls? Which node of which graph?   ``maestro_langgraph`` (identity, graph)
+What does the prompt look like?         `maestro_agents.predict` (features: numbers, never the text)
+The call waits at the gate              ``maestro_langgraph`` (gate), `maestro_agents.client` (`Client.open`, `Pass.wait`)
+The ticket is pushed                    `maestro_agents.queue` (``memory`` is the specification, ``redis`` keeps its promises)
+What will it cost, what may follow?     `maestro_agents.predict`, `maestro_agents.workflow`
+Who goes first, where to, does it fit?  `maestro_agents.policy` (priority, routing, admission: pure functions)
+It is granted an engine                 `maestro_agents.scheduler` (collect, predict, plan, grant, act, learn)
+Tokens stream                           straight from the engine to the app: no Python of ours stands between
+The completion is learned from          `maestro_agents.client` writes it, `maestro_agents.scheduler` reads it
+====================================== =============================================================================
+
+Around the journey:
+
+* `maestro_agents.core`: the nouns and the lifecycle of a stage; `maestro_agents.errors`: every error, one tree;
+  `maestro_agents.ports`: all that is needed from outside, with its promises.
+* `maestro_agents.settings`: ``MAESTRO_*`` and ``maestro.toml``; `maestro_agents.fleet`: ``fleet.toml``.
+* `maestro_agents.guard`: child processes that end when their owner does, kill -9 included.
+* `maestro_agents.simulator`: the same policies on a virtual clock.
+* ``maestro_serving``: launch, adopt, observe and emulate engines.
+* `maestro_agents.cli`: the ``maestro`` command.
+
+Imports point one way, downwards in this list never; ``tests/test_architecture.py`` holds the table.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

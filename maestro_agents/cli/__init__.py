@@ -1,0 +1,143 @@
+"""The ``maestro`` command. One table names every sub-command, its module and an example.
+
+A sub-command is a function whose signature typer turns into options (or a `typer.Typer` of its own). Its module is
+imported only when it is called: ``maestro --help`` loads none of them. A `MaestroError` becomes one red line on stderr
+and exit status 2; ``MAESTRO_DEBUG=1`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+import typer
+
+from maestro_agents import __version__
+from maestro_agents.errors import MaestroError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One sub-command."""
+
+    name: str
+    #: ``module:attribute`` below `maestro_agents.cli`.
+    target: str
+    summary: str
+    example: str
+
+
+COMMANDS: Final = (
+    Entry(
+        name="demo",
+        target="demo:run",
+        summary="See it work: the same runs first come first served and under Maestro, on an emulated fleet.",
+        example="maestro demo --input messages.jsonl",
+    ),
+    Entry(
+        name="up",
+        target="up:run",
+        summary="Start Redis, the scheduler and a whole fleet from fleet.toml. Ctrl-C ends them all.",
+        example="maestro up fleet.toml",
+    ),
+    Entry(
+        name="scheduler",
+        target="serve:scheduler",
+        summary="Run the scheduler of a pool. Start two: the second takes over when the first dies.",
+        example="maestro scheduler --redis-url redis://127.0.0.1:6379/0 --fleet fleet.toml",
+    ),
+    Entry(
+        name="emulate",
+        target="serve:emulate",
+        summary="Run an emulated vLLM server: same API and metrics, timing from a model, no GPU.",
+        example="maestro emulate --port 8101 --model tiny",
+    ),
+    Entry(
+        name="top",
+        target="monitor:top",
+        summary="Watch the queue: what waits, what runs, what is reserved. Only looks.",
+        example="maestro top --redis-url redis://127.0.0.1:6379/0",
+    ),
+    Entry(
+        name="queue",
+        target="monitor:queue_app",
+        summary="List, show or withdraw single stages.",
+        example="maestro queue ls",
+    ),
+    Entry(
+        name="doctor",
+        target="doctor:run",
+        summary="Check Python, packages, settings, Redis, fleet and the OpenAI seam, and say what to do.",
+        example="maestro doctor --fleet fleet.toml",
+    ),
+    Entry(
+        name="bench",
+        target="bench:bench_app",
+        summary="Measure: overhead per call, what faults do, whether engines keep our order.",
+        example="maestro bench overhead --json",
+    ),
+)
+
+
+def build_app(load: Collection[str]) -> typer.Typer:
+    """The command line, with the sub-commands of ``load`` real and the others a line of help."""
+    app = typer.Typer(
+        name="maestro",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        epilog="Try: maestro demo",
+    )
+
+    def root(
+        version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+    ) -> None:
+        """Make a fleet of vLLM servers understand LangGraph programs."""
+        if version:
+            print(f"maestro {__version__}")
+            raise typer.Exit
+
+    app.callback(invoke_without_command=True)(root)
+    for entry in COMMANDS:
+        target = _load(entry.target) if entry.name in load else _not_loaded
+        if isinstance(target, typer.Typer):
+            app.add_typer(target, name=entry.name, epilog=f"Example: {entry.example}")
+        else:
+            app.command(
+                entry.name,
+                short_help=f"{entry.summary} Example: {entry.example}",
+                help=None if entry.name in load else entry.summary,
+                epilog=f"Example: {entry.example}",
+            )(target)
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point of ``maestro``."""
+    words = sys.argv[1:] if arguments is None else arguments
+    named = next((word for word in words if not word.startswith("-")), "")
+    completing = "_MAESTRO_COMPLETE" in os.environ
+    try:
+        app = build_app([entry.name for entry in COMMANDS if completing or entry.name == named])
+        app(words, prog_name="maestro")
+    except MaestroError as e:
+        if os.environ.get("MAESTRO_DEBUG"):
+            raise
+        line = " ".join(str(e).split())
+        typer.secho(f"maestro: {line}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+
+
+def _not_loaded() -> None:
+    """Stand for a sub-command that was not called."""
+
+

@@ -1,0 +1,398 @@
+"""The nouns of Maestro and the lifecycle of a stage, as data.
+
+Everything here is frozen, keyword-only and free of I/O. Units are in the names: ``_s`` seconds (a moment ``_at_s`` is
+epoch seconds on the queue's clock), ``_bytes``, ``_tokens``. A wrong value cannot be built: the constructor says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from maestro_agents.errors import IllegalMove, WireError
+
+WIRE_VERSION: Final = 1
+"""Version of a ticket as it travels. A reader accepts its own version and the one before it."""
+
+DEFAULT_DEADLINE_S: Final[Mapping[str, float]] = {"interactive": 30.0, "batch": 600.0}
+"""Deadline of a run whose caller named only a service class."""
+
+
+class ServiceClass(enum.StrEnum):
+    """Who is waiting for the answer."""
+
+    #: A person waits.
+    INTERACTIVE = "interactive"
+    #: Nobody waits at a screen; throughput counts.
+    BATCH = "batch"
+
+
+class Status(enum.StrEnum):
+    """Where a stage is. The last five are terminal: one of them is written once and never changed."""
+
+    #: Waiting in the ready set.
+    QUEUED = "queued"
+    #: Holds a lease on one engine.
+    GRANTED = "granted"
+    #: Answered.
+    DONE = "done"
+    #: Ended with an error that the caller saw.
+    FAILED = "failed"
+    #: Withdrawn by its caller.
+    CANCELLED = "cancelled"
+    #: Refused early: the deadline cannot be met and the caller asked to be told.
+    REFUSED = "refused"
+    #: Its app died.
+    LOST = "lost"
+
+
+class Command(enum.StrEnum):
+    """What can be said about a stage. Each is one Lua file and one method of the queue."""
+
+    PUSH = "push"
+    GRANT = "grant"
+    FINISH = "finish"
+    FAIL = "fail"
+    REQUEUE = "requeue"
+    CANCEL = "cancel"
+    REFUSE = "refuse"
+    LOSE = "lose"
+
+
+TRANSITIONS: Final[Mapping[tuple[Status | None, Command], frozenset[Status]]] = {
+    (None, Command.PUSH): frozenset({Status.QUEUED, Status.GRANTED}),  # GRANTED: the fast path
+    (Status.QUEUED, Command.GRANT): frozenset({Status.GRANTED}),
+    (Status.QUEUED, Command.CANCEL): frozenset({Status.CANCELLED}),
+    (Status.QUEUED, Command.REFUSE): frozenset({Status.REFUSED}),
+    (Status.QUEUED, Command.LOSE): frozenset({Status.LOST}),
+    (Status.GRANTED, Command.FINISH): frozenset({Status.DONE}),
+    (Status.GRANTED, Command.FAIL): frozenset({Status.FAILED}),
+    (Status.GRANTED, Command.REQUEUE): frozenset({Status.QUEUED}),
+    (Status.GRANTED, Command.CANCEL): frozenset({Status.CANCELLED}),
+    (Status.GRANTED, Command.LOSE): frozenset({Status.LOST}),
+}
+"""The whole lifecycle. A move that is not in the table changes nothing."""
+
+TERMINAL: Final = frozenset({Status.DONE, Status.FAILED, Status.CANCELLED, Status.REFUSED, Status.LOST})
+
+
+def move(status: Status | None, command: Command, to: Status | None = None) -> Status:
+    """Return the status after ``command``; raise `IllegalMove` where the table has no such move."""
+    allowed = TRANSITIONS.get((status, command), frozenset())
+    if to is None and len(allowed) == 1:
+        (to,) = allowed
+    if to is None or to not in allowed:
+        raise IllegalMove(f"a stage that is {status or 'unknown'} cannot {command.value} to {to or 'anything'}")
+    return to
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ticket:
+    """A stage in the queue: ids and numbers. Never the prompt, never the answer."""
+
+    #: Unique for ever; one LLM call of one attempt chain.
+    stage_id: str
+    #: The client process that waits for it (its inbox receives the grant).
+    client_id: str
+    #: The model as the caller names it.
+    model: str
+    #: One execution of a workflow.
+    run_id: str = ""
+    #: Hash of the graph's structure, or "" for a call outside any graph.
+    workflow: str = ""
+    #: Node path inside the graph, ``a:b`` for a node of a subgraph.
+    node: str = ""
+    #: Agent name + node path, e.g. ``support:triage``.
+    role: str = ""
+    service_class: ServiceClass = ServiceClass.INTERACTIVE
+    tenant: str = "default"
+    #: The run must have ended by then (epoch seconds); inf where nobody asked.
+    deadline_at_s: float = math.inf
+    #: When the run began: what ageing and fairness count from.
+    run_started_at_s: float = 0.0
+    pushed_at_s: float = 0.0
+    #: The moment by which the stage is due: the queue's order, smaller first.
+    due_at_s: float = 0.0
+    #: Estimate of the prompt's length, made where the prompt is.
+    prompt_tokens: int = 0
+    #: The caller's own bound on the output, None where there is none.
+    max_tokens: int | None = None
+    #: How often this node ran before in this run.
+    visit: int = 0
+    #: LangGraph superstep; stages of the same step run beside each other.
+    step: int = 0
+    #: Made while its parent's stream is open: admitted at once (else the two wait for each other for ever).
+    nested: bool = False
+    #: Only this engine will do (it holds the conversation's state, e.g. ``previous_response_id``); "" for any.
+    pinned_engine: str = ""
+    #: Engines that failed this stage.
+    excluded_engines: tuple[str, ...] = ()
+    #: 1 on the first try.
+    attempt: int = 1
+    #: Refuse early, rather than serve late, when the deadline cannot be met.
+    refuse_late: bool = False
+    #: Numeric features for the predictor, computed by the client.
+    features: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.stage_id or not self.model or not self.client_id:
+            raise WireError("a ticket needs stage_id, client_id and model")
+        if self.prompt_tokens < 0 or (self.max_tokens is not None and self.max_tokens < 0):
+            raise WireError(f"stage {self.stage_id}: token counts cannot be negative")
+        if math.isnan(self.due_at_s) or math.isnan(self.deadline_at_s):
+            raise WireError(f"stage {self.stage_id}: a moment cannot be NaN")
+
+    @property
+    def role_key(self) -> str:
+        """What statistics are kept under: the same role on another model is another population."""
+        return f"{self.model}|{self.role}"
+
+    def evolve(self, **changes: Any) -> Ticket:
+        return dataclasses.replace(self, **changes)
+
+    def encode(self) -> str:
+        """As JSON text; inverse of `decode`."""
+        body = {k: v for k, v in dataclasses.asdict(self).items() if v != _TICKET_DEFAULTS.get(k, _MISSING)}
+        return json.dumps({"v": WIRE_VERSION, **body}, separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Ticket:
+        """Read a ticket of this version or the one before it; fields from a newer minor are ignored."""
+        try:
+            body = json.loads(text)
+            version = int(body.pop("v"))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise WireError(f"not a ticket: {e}") from e
+        if not WIRE_VERSION - 1 <= version <= WIRE_VERSION:
+            raise WireError(f"ticket version {version} is not understood (this is {WIRE_VERSION}): upgrade the older side")
+        known = {k: v for k, v in body.items() if k in _TICKET_FIELDS}
+        for name in ("excluded_engines", "features"):
+            if name in known:
+                known[name] = tuple(known[name])
+        if "service_class" in known:
+            known["service_class"] = ServiceClass(known["service_class"])
+        return cls(**known)
+
+
+_MISSING: Final = object()
+_TICKET_FIELDS: Final = {f.name for f in dataclasses.fields(Ticket)}
+_TICKET_DEFAULTS: Final = {f.name: f.default for f in dataclasses.fields(Ticket) if f.default is not dataclasses.MISSING}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """A lease: permission to call one engine, held by one client, expiring unless renewed."""
+
+    stage_id: str
+    engine_id: str
+    #: Fencing token: grows with every grant of the pool; a stale holder's word changes nothing.
+    token: int
+    #: The leadership under which it was given.
+    epoch: int
+    #: KV reservation in bytes.
+    kv_bytes: int
+    #: vLLM's polarity: lower goes first.
+    priority: int = 0
+    granted_at_s: float = 0.0
+    lease_until_s: float = 0.0
+    #: Given in the same round trip as the push, without the planner.
+    fast: bool = False
+    #: Why there: predicted seconds by part; they add up to the cost that won.
+    because: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """A stage that is not served, told early, with the moment from which trying again makes sense."""
+
+    stage_id: str
+    reason: str
+    retry_after_s: float
+
+
+Verdict = Grant | Refusal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What became of a stage: the label that the predictor learns from. Numbers and ids only."""
+
+    stage_id: str
+    run_id: str
+    workflow: str
+    role: str
+    node: str
+    model: str
+    engine_id: str
+    service_class: ServiceClass
+    tenant: str
+    status: Status
+    visit: int = 0
+    step: int = 0
+    attempt: int = 1
+    fast: bool = False
+    priority: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    tool_calls: int = 0
+    run_started_at_s: float = 0.0
+    deadline_at_s: float = math.inf
+    pushed_at_s: float = 0.0
+    granted_at_s: float = 0.0
+    #: First byte of the answer reached the caller (0 where it never did).
+    first_byte_at_s: float = 0.0
+    finished_at_s: float = 0.0
+    #: The engine's own account where it gives one (vLLM ``--enable-per-request-metrics``), else 0.
+    engine_queue_s: float = 0.0
+    engine_ttft_s: float = 0.0
+    features: tuple[float, ...] = ()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds in Maestro's queue."""
+        return max(0.0, self.granted_at_s - self.pushed_at_s)
+
+    @property
+    def service_s(self) -> float:
+        """Seconds from the grant to the last byte."""
+        return max(0.0, self.finished_at_s - self.granted_at_s)
+
+    def encode(self) -> str:
+        body = {k: v for k, v in dataclasses.asdict(self).items() if v not in ((), 0, 0.0, "")}
+        return json.dumps({"v": WIRE_VERSION, **body}, separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Observation:
+        try:
+            body = json.loads(text)
+            body.pop("v")
+            known = {k: v for k, v in body.items() if k in _OBSERVATION_FIELDS}
+            for name in ("stage_id", "run_id", "workflow", "role", "node", "model", "engine_id", "tenant"):
+                known.setdefault(name, "")
+            known["service_class"] = ServiceClass(known["service_class"])
+            known["status"] = Status(known["status"])
+            known["features"] = tuple(known.get("features", ()))
+            return cls(**known)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise WireError(f"not an observation: {e}") from e
+
+
+_OBSERVATION_FIELDS: Final = {f.name for f in dataclasses.fields(Observation)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEnd:
+    """A run is over (or paused): what the statistics of remaining work learn from."""
+
+    run_id: str
+    workflow: str
+    #: ``done``, ``error``, ``cancelled``, ``paused``. Only ``done`` teaches.
+    outcome: str
+    started_at_s: float
+    ended_at_s: float
+    deadline_at_s: float = math.inf
+    service_class: ServiceClass = ServiceClass.INTERACTIVE
+    tenant: str = "default"
+
+    @property
+    def met_deadline(self) -> bool:
+        return self.outcome == "done" and self.ended_at_s <= self.deadline_at_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a stage will cost, and how we know."""
+
+    output_tokens_mean: float
+    output_tokens_p50: float
+    output_tokens_p90: float
+    output_tokens_p99: float
+    #: Seconds of this stage on an unloaded engine.
+    service_s: float
+    #: Seconds of LLM work of the run after this stage, along its longest path.
+    remaining_s: float
+    #: ``prior``, ``role(n)``: what it rests on.
+    basis: str = "prior"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """One vLLM server process serving one model, as the fleet file names it."""
+
+    engine_id: str
+    #: ``http://host:port/v1``.
+    url: str
+    model: str
+    #: The name the server knows the model by, where it differs.
+    served_model: str = ""
+    #: Stages it runs at a time (vLLM ``--max-num-seqs``).
+    slots: int = 8
+    #: KV memory in bytes; 0 while unknown (then slots alone admit).
+    kv_bytes: int = 0
+    kv_bytes_per_token: int = 1
+    #: Environment variable that holds its API key; the key itself never travels.
+    api_key_env: str = ""
+    cluster: str = "local"
+    #: The caller's own URL: never rewritten, no vLLM fields added.
+    original: bool = False
+    #: Longest prompt + output, 0 while unknown.
+    max_model_len: int = 0
+    #: Cold-start speeds, until completions teach better.
+    prefill_s_per_token: float = 0.0005
+    decode_s_per_token: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise WireError(f"engine {self.engine_id}: slots must be at least 1")
+        if self.kv_bytes < 0 or self.kv_bytes_per_token < 0:
+            raise WireError(f"engine {self.engine_id}: KV sizes cannot be negative")
+
+    def encode(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> EngineSpec:
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in body.items() if k in names})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineState:
+    """An engine as it is now: the spec, what is reserved, what was learned."""
+
+    spec: EngineSpec
+    reserved_slots: int = 0
+    reserved_kv_bytes: int = 0
+    healthy: bool = True
+    #: From the engine's own metrics; -1 while unknown.
+    running: int = -1
+    waiting: int = -1
+    prefill_s_per_token: float = 0.0
+    decode_s_per_token: float = 0.0
+    network_s: float = 0.0
+
+    @property
+    def free_slots(self) -> int:
+        return max(0, self.spec.slots - self.reserved_slots)
+
+    @property
+    def free_kv_bytes(self) -> float:
+        return math.inf if self.spec.kv_bytes == 0 else max(0, self.spec.kv_bytes - self.reserved_kv_bytes)
+
+
+def kv_need_bytes(ticket: Ticket, output_tokens: float, spec: EngineSpec) -> int:
+    """KV reservation of a stage on an engine: (prompt + predicted output) x bytes per token, capped by the caller's bound.
+
+    Paper (arXiv 2606.12950): ``KV = bytes/token x (L_in + L_out)``, with a quantile in place of its margin rho.
+    """
+    out = output_tokens if ticket.max_tokens is None else min(output_tokens, ticket.max_tokens)
+    tokens = ticket.prompt_tokens + math.ceil(out)
+    if spec.max_model_len:
+        tokens = min(tokens, spec.max_model_len)
+    return tokens * spec.kv_bytes_per_token

@@ -1,0 +1,265 @@
+"""fleet.toml: which engines there are, and which of them to launch.
+
+    pool = "default"
+
+    [redis]                                   # left out: `maestro up` starts an embedded one
+    url = "redis://127.0.0.1:6379/0"
+
+    [[engine]]
+    id = "a"
+    model = "tiny"
+    url = "http://127.0.0.1:8101/v1"          # adopt a running server ...
+
+    [[engine]]
+    id = "b"
+    model = "tiny"
+    [engine.launch]                           # ... or launch one; without url or port a free port is chosen
+    kind = "emulator"
+
+Every error is one line that begins with ``fleet.toml:LINE:`` and says what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, cast
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from maestro_agents.core import EngineSpec
+from maestro_agents.errors import ConfigError
+from maestro_agents.predict.memory import kv_bytes_per_token
+from maestro_agents.settings import check_redis_url
+from maestro_agents.tomlfile import Place, TomlFile, read_toml
+
+_NAME: Final = r"^[A-Za-z0-9_.-]+$"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How to start one engine's server."""
+
+    kind: Literal["emulator", "vllm"]
+    #: 0: a free port is chosen.
+    port: int = 0
+    #: Folder or Hugging Face name that vLLM loads.
+    model_path: str = ""
+    #: Passed through to the server's command line.
+    args: tuple[str, ...] = ()
+    #: The emulator's timing.
+    profile: str = "cpu-tiny"
+    #: 0: the server's own default.
+    kv_cache_memory_bytes: int = 0
+    #: Bind the server to one CPU core; None: do not.
+    cpu_core: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """What a fleet file says. An engine that is to be launched on a port yet to be chosen has ``url == ""``."""
+
+    pool: str = "default"
+    redis_url: str | None = None
+    engines: tuple[EngineSpec, ...] = ()
+    #: By engine id.
+    launches: Mapping[str, Launch] = field(default_factory=dict[str, Launch])
+
+    def adopt(self, urls: Mapping[str, str]) -> Fleet:
+        """The same fleet with the URLs (by engine id) at which its launched engines were found to listen."""
+        engines = tuple(dataclasses.replace(e, url=urls.get(e.engine_id, e.url)) for e in self.engines)
+        return dataclasses.replace(self, engines=engines)
+
+    def running(self) -> tuple[EngineSpec, ...]:
+        """All engines; raises `ConfigError` where one has no address yet."""
+        homeless = [e.engine_id for e in self.engines if not e.url]
+        if homeless:
+            raise ConfigError(
+                f"engine {homeless[0]!r} is to be launched and has no address yet: start the fleet with "
+                "`maestro up`, or give the engine a url (or launch.port) and start it yourself"
+            )
+        return self.engines
+
+
+def load_fleet(path: str | Path) -> Fleet:
+    """Read a fleet file. Raises `ConfigError`, one line, with the line of the file."""
+    file = read_toml(Path(path))
+    try:
+        body = _File.model_validate(dict(file.content))
+    except ValidationError as e:
+        raise _explain(e, file) from None
+    if not body.engine:
+        raise file.error((), "the fleet has no engine: add an [[engine]] with id, model and url")
+    seen: dict[str, int] = {}
+    for n, engine in enumerate(body.engine):
+        place: Place = ("engine", n)
+        if engine.id in seen:
+            raise file.error(
+                (*place, "id"), f"engine id {engine.id!r} is taken by line {seen[engine.id]}: ids are unique in a fleet"
+            )
+        seen[engine.id] = file.line((*place, "id"))
+        if not engine.url and engine.launch is None:
+            raise file.error(
+                place,
+                f"engine {engine.id!r} has neither url nor launch: give the url of a running server or [engine.launch]",
+            )
+    engines = tuple(_spec(e, file, ("engine", n)) for n, e in enumerate(body.engine))
+    launches = {e.id: _launch(e.launch, file) for e in body.engine if e.launch is not None}
+    return Fleet(pool=body.pool, redis_url=body.redis and body.redis.url, engines=engines, launches=launches)
+
+
+def write_fleet(fleet: Fleet, path: Path) -> None:
+    """Write a fleet of running engines so that `load_fleet` reads it back, launches left out."""
+    lines = [f"pool = {json.dumps(fleet.pool)}"]
+    if fleet.redis_url:
+        lines += ["", "[redis]", f"url = {json.dumps(fleet.redis_url)}"]
+    for e in fleet.running():
+        lines += ["", "[[engine]]", f"id = {json.dumps(e.engine_id)}"]
+        keys = (
+            "model",
+            "url",
+            "served_model",
+            "slots",
+            "kv_bytes",
+            "kv_bytes_per_token",
+            "api_key_env",
+            "cluster",
+            "max_model_len",
+        )
+        lines += [f"{key} = {json.dumps(getattr(e, key))}" for key in keys]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# -- the file's shape --------------------------------------------------------------------------------------------------
+def _check_engine_url(url: str) -> str:
+    parts = urlsplit(url)
+    if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ValueError("an engine's url looks like http://127.0.0.1:8101/v1")
+    return url.rstrip("/")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Redis(_Table):
+    url: Annotated[str, AfterValidator(check_redis_url)]
+
+
+class _LaunchTable(_Table):
+    kind: Literal["emulator", "vllm"]
+    port: int = Field(default=0, ge=0, le=65535)
+    model_path: str = ""
+    args: list[str] = []
+    profile: str = "cpu-tiny"
+    kv_cache_memory_bytes: NonNegativeInt = 0
+    cpu_core: NonNegativeInt | None = None
+
+
+class _Engine(_Table):
+    id: str = Field(min_length=1, max_length=64, pattern=_NAME)
+    model: str = Field(min_length=1)
+    url: Annotated[str, AfterValidator(_check_engine_url)] = ""
+    served_model: str = ""
+    slots: PositiveInt = 16
+    kv_tokens: NonNegativeInt = 0
+    kv_bytes: NonNegativeInt = 0
+    kv_bytes_per_token: NonNegativeInt = 0
+    api_key_env: str = ""
+    cluster: str = "local"
+    max_model_len: NonNegativeInt = 0
+    launch: _LaunchTable | None = None
+
+
+class _File(_Table):
+    pool: str = Field(default="default", min_length=1, max_length=64, pattern=_NAME)
+    redis: _Redis | None = None
+    engine: list[_Engine] = []
+
+
+def _explain(error: ValidationError, file: TomlFile) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    place = tuple(first["loc"])
+    name = str(place[-1]) if place else "the file"
+    match first["type"]:
+        case "extra_forbidden":
+            known = _KEYS.get(tuple(p for p in place[:-1] if isinstance(p, str)), {})
+            return file.error(place, f"unknown key {name!r}: known here are {', '.join(known)}")
+        case "missing":
+            return file.error(
+                place, f"{'.'.join(str(p) for p in place if isinstance(p, str))} is missing: add {name} = …"
+            )
+        case _:
+            problem = first["msg"].removeprefix("Value error, ")
+            return file.error(place, f"{name} = {first['input']!r}: {problem[:1].lower()}{problem[1:]}")
+
+
+_KEYS: Final[Mapping[tuple[str, ...], Mapping[str, Any]]] = {
+    (): _File.model_fields,
+    ("redis",): _Redis.model_fields,
+    ("engine",): _Engine.model_fields,
+    ("engine", "launch"): _LaunchTable.model_fields,
+}
+
+
+# -- from the file to the nouns ----------------------------------------------------------------------------------------
+def _spec(engine: _Engine, file: TomlFile, place: Place) -> EngineSpec:
+    launch = engine.launch
+    token_bytes = engine.kv_bytes_per_token
+    if launch and not token_bytes:
+        token_bytes = _token_bytes(launch.model_path, file, (*place, "launch", "model_path"))
+    kv_bytes = engine.kv_bytes or engine.kv_tokens * (token_bytes or 1)
+    if not kv_bytes and launch and token_bytes:  # without bytes per token its size would say nothing
+        kv_bytes = launch.kv_cache_memory_bytes
+    url = engine.url
+    if launch and launch.port and not url:
+        url = f"http://127.0.0.1:{launch.port}/v1"
+    return EngineSpec(
+        engine_id=engine.id,
+        url=url,
+        model=engine.model,
+        served_model=engine.served_model,
+        slots=engine.slots,
+        kv_bytes=kv_bytes,
+        kv_bytes_per_token=token_bytes or 1,
+        api_key_env=engine.api_key_env,
+        cluster=engine.cluster,
+        max_model_len=engine.max_model_len,
+    )
+
+
+def _launch(table: _LaunchTable, file: TomlFile) -> Launch:
+    return Launch(
+        kind=table.kind,
+        port=table.port,
+        model_path=str(_local(table.model_path, file) or table.model_path),
+        args=tuple(table.args),
+        profile=table.profile,
+        kv_cache_memory_bytes=table.kv_cache_memory_bytes,
+        cpu_core=table.cpu_core,
+    )
+
+
+def _local(model_path: str, file: TomlFile) -> Path | None:
+    """A path of the fleet file is meant from the file's own folder; what is no folder there is a Hugging Face name."""
+    if not model_path:
+        return None
+    path = file.path.parent / Path(model_path).expanduser()
+    return path.resolve() if path.is_dir() else None
+
+
+def _token_bytes(model_path: str, file: TomlFile, place: Place) -> int:
+    local = _local(model_path, file)
+    if local is None or not (local / "config.json").is_file():
+        return 0
+    try:
+        config = json.loads((local / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ConfigError("config.json: not an object")
+        return kv_bytes_per_token(cast("dict[str, Any]", config))
+    except (OSError, ValueError, ConfigError) as e:
+        raise file.error(place, f"{local}: {e}") from e

@@ -1,0 +1,121 @@
+"""What to do next: pure functions from a snapshot to a plan. No clock, no socket, no log; ``now_s`` is an argument.
+
+The live scheduler and the simulator call `plan` alike. `priority` gives each stage its moment, `admission` says who may
+start, `routing` where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from maestro_agents.core import EngineState, Grant, Prediction, Refusal, Ticket
+from maestro_agents.policy import admission, priority, routing
+from maestro_agents.policy.priority import ORDERS, Order
+
+__all__ = ["ORDERS", "Order", "Plan", "Snapshot", "plan"]
+
+MOVED_S = 0.001
+"""A moment that changes by less is not written again."""
+
+HOLD_AFTER_S = 5.0
+"""A stage that waited this long for KV memory keeps smaller ones behind it from taking what becomes free."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """All that a decision may look at."""
+
+    tickets: Sequence[Ticket]
+    predictions: Mapping[str, Prediction]
+    engines: Sequence[EngineState]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What to do, in order."""
+
+    grants: list[tuple[Ticket, Grant]] = field(default_factory=list[tuple[Ticket, Grant]])
+    refusals: list[tuple[Ticket, Refusal]] = field(default_factory=list[tuple[Ticket, Refusal]])
+    #: model -> stage id -> new moment.
+    moments: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+
+
+def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
+    """Order the waiting stages, then give each, in that order, the best engine that has room.
+
+    Cost: O(tickets x log tickets + tickets x engines of the model); stops at the last free slot.
+    """
+    result = Plan()
+    engines = {e.spec.engine_id: e for e in snapshot.engines}
+    due: list[tuple[float, str, Ticket]] = []
+    for ticket in snapshot.tickets:
+        prediction = snapshot.predictions[ticket.stage_id]
+        if ticket.refuse_late and priority.is_late(ticket, prediction, now_s):
+            result.refusals.append((ticket, _too_late(ticket, prediction, snapshot)))
+            continue
+        moment = float("-inf") if ticket.nested else order(ticket, prediction, now_s)
+        if moment != ticket.due_at_s and abs(moment - ticket.due_at_s) > MOVED_S:
+            result.moments.setdefault(ticket.model, {})[ticket.stage_id] = moment
+        due.append((moment, ticket.stage_id, ticket))
+    held: set[str] = set()
+    for moment, _, ticket in sorted(due, key=lambda d: d[:2]):
+        prediction = snapshot.predictions[ticket.stage_id]
+        places = candidates(ticket, engines.values())
+        if not places:
+            continue
+        needs = {e.spec.engine_id: admission.reservation_bytes(ticket, prediction, e) for e in places}
+        if not any(admission.could_ever_fit(needs[e.spec.engine_id], e) for e in places):
+            result.refusals.append((ticket, Refusal(stage_id=ticket.stage_id, reason="no engine fits", retry_after_s=0.0)))
+            continue
+        room = [
+            e
+            for e in places
+            if admission.fits(ticket, needs[e.spec.engine_id], e) and (e.spec.engine_id not in held or ticket.nested)
+        ]
+        if not room:
+            if now_s - ticket.pushed_at_s > HOLD_AFTER_S and any(e.free_slots for e in places):
+                held.update(e.spec.engine_id for e in places)
+            continue
+        costs = {e.spec.engine_id: routing.cost(ticket, prediction, e) for e in room}
+        best = min(room, key=lambda e: (routing.seconds(costs[e.spec.engine_id]), e.reserved_slots, e.spec.engine_id))
+        place = best.spec.engine_id
+        grant = Grant(
+            stage_id=ticket.stage_id,
+            engine_id=place,
+            token=0,
+            epoch=epoch,
+            kv_bytes=needs[place],
+            priority=wire_priority(moment),
+            because=costs[place],
+        )
+        result.grants.append((ticket, grant))
+        engines[place] = dataclasses.replace(
+            best, reserved_slots=best.reserved_slots + 1, reserved_kv_bytes=best.reserved_kv_bytes + needs[place]
+        )
+    return result
+
+
+def candidates(ticket: Ticket, engines: Sequence[EngineState] | object) -> list[EngineState]:
+    """Engines that may serve a stage: its model, alive, pinned where its state lives, not where it just failed.
+
+    Where every live engine has failed it, it may try them again.
+    """
+    live = [e for e in engines if e.healthy and e.spec.model == ticket.model]  # type: ignore[attr-defined]
+    if ticket.pinned_engine:
+        return [e for e in live if e.spec.engine_id == ticket.pinned_engine]
+    return [e for e in live if e.spec.engine_id not in ticket.excluded_engines] or live
+
+
+def wire_priority(moment: float) -> int:
+    """The moment as vLLM's integer priority (lower first), in milliseconds."""
+    return 0 if moment in (float("-inf"), float("inf")) else int(moment * 1000.0)
+
+
+def _too_late(ticket: Ticket, prediction: Prediction, snapshot: Snapshot) -> Refusal:
+    """Retry when the work that waits now has been served."""
+    slots = sum(e.spec.slots for e in snapshot.engines if e.spec.model == ticket.model and e.healthy) or 1
+    ahead = sum(snapshot.predictions[t.stage_id].service_s for t in snapshot.tickets if t.model == ticket.model)
+    del prediction
+    return Refusal(stage_id=ticket.stage_id, reason="deadline", retry_after_s=max(0.5, ahead / slots))

@@ -1,0 +1,83 @@
+"""In which order: a moment for every waiting stage, smaller first.
+
+A moment, not a rank: it is fixed when the stage is pushed, so the queue never re-sorts, and older work comes due by
+itself. Only an event writes a new one: a deadline that cannot be met any more. Each order is a pure function of the
+ticket, its prediction and the time; a user's own is one more such function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from maestro_agents.core import Prediction, ServiceClass, Ticket
+
+Order = Callable[[Ticket, Prediction, float], float]
+"""(ticket, prediction, now_s) -> due_at_s."""
+
+STRETCH: Final = 4.0
+"""How strongly short runs go before long ones: a run with one second less to go overtakes one pushed 4 s earlier."""
+
+SLACK_SHARE: Final = 0.1
+"""Share of its slack by which a run that has time lets others pass: what interactive and batch share by."""
+
+MAX_SLACK_S: Final = 600.0
+LATE_S: Final = 60.0
+"""A stage whose run cannot meet its deadline any more is due this long after it was pushed."""
+
+
+def left_s(prediction: Prediction) -> float:
+    """Predicted LLM seconds until the run ends, this stage included."""
+    return prediction.service_s + prediction.remaining_s
+
+
+def is_late(ticket: Ticket, prediction: Prediction, now_s: float) -> bool:
+    """The run cannot meet its deadline any more, even if it never waits again."""
+    return ticket.deadline_at_s - now_s < left_s(prediction)
+
+
+def ours(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
+    """Runs that can still make it, shortest remaining first, least slack first; the others later, never starved.
+
+    Bound: a stage is never passed by one pushed more than ``max(LATE_S, STRETCH x left + SLACK_SHARE x MAX_SLACK_S)``
+    seconds after it, since its own moment is not later than that.
+    """
+    if is_late(ticket, prediction, now_s):
+        return ticket.pushed_at_s + LATE_S
+    left = left_s(prediction)
+    slack = min(ticket.deadline_at_s - ticket.pushed_at_s - left, MAX_SLACK_S)
+    return ticket.pushed_at_s + STRETCH * left + SLACK_SHARE * max(0.0, slack)
+
+
+def fcfs(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
+    """First come, first served, by stage: what a plain engine does."""
+    del prediction, now_s
+    return ticket.pushed_at_s
+
+
+def fcfs_run(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
+    """First come, first served, by run."""
+    del prediction, now_s
+    return ticket.run_started_at_s or ticket.pushed_at_s
+
+
+def edf(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
+    """Earliest deadline first."""
+    del prediction, now_s
+    return min(ticket.deadline_at_s, ticket.pushed_at_s + 1e6)
+
+
+def srtf(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
+    """Interactive before batch, then shortest predicted remaining time (the paper's order, without preemption)."""
+    del now_s
+    return left_s(prediction) + (1e9 if ticket.service_class is ServiceClass.BATCH else 0.0)
+
+
+ORDERS: Final[Mapping[str, Order]] = {
+    "ours": ours,
+    "fcfs": fcfs,
+    "fcfs-run": fcfs_run,
+    "edf": edf,
+    "maestro-paper": srtf,
+}
+"""The orders by name, for the command line."""

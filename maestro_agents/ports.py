@@ -1,0 +1,212 @@
+"""All that Maestro needs from outside, on one page. Each promise is written here; the contract suite holds every
+implementation to it (``tests/queue_contract.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, Status, Ticket, Verdict
+
+
+class Clock(Protocol):
+    """Where moments come from. Tests turn it by hand."""
+
+    def now_s(self) -> float:
+        """Epoch seconds. All clients of one queue agree to within the lease (Redis: the server's own clock)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Renewal:
+    """What the heartbeat learns."""
+
+    #: Stages of ours that the queue does not hold as ours any more.
+    gone: tuple[str, ...]
+    #: Stages that we believe to be waiting but that hold a grant: its message may be lost, `Queue.push` returns it.
+    granted: tuple[str, ...]
+    epoch: int
+    #: A scheduler holds leadership.
+    led: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reservation:
+    """KV bytes and a slot that a dead or cancelled stage may still occupy on its engine."""
+
+    stage_id: str
+    engine_id: str
+    kv_bytes: int
+    since_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Running:
+    """A granted stage, as the queue knows it."""
+
+    ticket: Ticket
+    engine_id: str
+    token: int
+    kv_bytes: int
+    granted_at_s: float
+    lease_until_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ledger:
+    """Slots and KV bytes promised per engine, over live and draining stages."""
+
+    slots: Mapping[str, int] = field(default_factory=dict[str, int])
+    kv_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+class Queue(Protocol):
+    """The pool's queue. `memory.MemoryQueue` is the specification; `redis.RedisQueue` keeps the same promises.
+
+    Every command is atomic. A command that the lifecycle does not allow (`core.TRANSITIONS`) changes nothing and says
+    so by its result. Every command that changes a stage names the fencing token it acts under.
+    """
+
+    # -- the client's side -------------------------------------------------------------------------------------------
+    async def push(self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float) -> Verdict | None:
+        """Queue a ticket; or, on the fast path, grant it in the same round trip.
+
+        The fast path is taken only when credits of the current epoch are valid at ``now_s``, no stage of the same model
+        waits, and an engine of ``engines`` (allowed for this ticket) has a slot and the role's p99 KV bytes. A nested
+        ticket ignores the ready set and the bounds: it is granted on the allowed engine with the most free slots.
+        Pushing a known stage again changes nothing and returns its grant, if it has one. A full queue refuses.
+        """
+        ...
+
+    async def verdicts(self, client_id: str, timeout_s: float) -> Sequence[Verdict]:
+        """Wait for verdicts in the client's inbox, oldest first; empty after ``timeout_s``. Each is delivered once."""
+        ...
+
+    async def renew(self, client_id: str, stages: Mapping[str, int], *, now_s: float) -> Renewal:
+        """Say that the client lives and still holds ``stages`` (stage id -> fencing token; 0 while it waits)."""
+        ...
+
+    async def announce(self, ticket: Ticket, grant: Grant | None, *, now_s: float) -> None:
+        """Tell a queue that forgot (a Redis that lost its memory) what this client waits for or holds. Idempotent."""
+        ...
+
+    async def finish(self, observation: Observation, *, token: int, now_s: float) -> bool:
+        """End a granted stage as DONE or FAILED, free its reservation, append the observation. False if not ours."""
+        ...
+
+    async def requeue(self, ticket: Ticket, *, token: int, now_s: float, draining: bool) -> bool:
+        """Take a granted stage back to the ready set under the ticket's new moment (before its first byte)."""
+        ...
+
+    async def cancel(self, stage_id: str, model: str, *, now_s: float, draining: bool) -> Status | None:
+        """Withdraw a stage. ``draining``: its request had left, so its reservation stays until `settle`.
+
+        Returns the status it had before, None where the stage is unknown.
+        """
+        ...
+
+    async def end_run(self, run: RunEnd) -> None:
+        """Append the end of a run to the observation log."""
+        ...
+
+    async def describe(self, workflow: str, spec: str) -> None:
+        """Keep the static graph of a workflow (JSON) under its fingerprint, once."""
+        ...
+
+    async def fleet(self) -> Sequence[EngineSpec]:
+        """The engines that the scheduler last published."""
+        ...
+
+    # -- the scheduler's side ----------------------------------------------------------------------------------------
+    async def lead(self, holder: str, *, ttl_s: float, now_s: float, at_least: int = 0) -> int | None:
+        """Take or keep leadership. Returns the epoch: it grows whenever the holder changes and is never below
+        ``at_least`` (how a leader raises it after the store restarted). None: another leads.
+        """
+        ...
+
+    async def wake(self, timeout_s: float) -> None:
+        """Return when something was pushed or freed since the last call, or after ``timeout_s``."""
+        ...
+
+    async def publish(
+        self, engines: Sequence[EngineSpec], *, p99: Mapping[str, float], epoch: int, valid_until_s: float
+    ) -> bool:
+        """Publish the fleet, its credits and each role's p99 output tokens. False: a newer epoch rules."""
+        ...
+
+    async def heads(self, model: str, n: int) -> Sequence[Ticket]:
+        """The first ``n`` waiting stages of a model, by moment."""
+        ...
+
+    async def reorder(self, moments: Mapping[str, float], model: str) -> None:
+        """Write new moments for waiting stages; those that no longer wait are left alone."""
+        ...
+
+    async def grant(self, grant: Grant, ticket: Ticket, *, now_s: float) -> Grant | None:
+        """Give a waiting stage its lease (the token is drawn here) and tell its client. None: it no longer waits, its
+        client is dead, the engine's credits are spent, or a newer epoch rules.
+        """
+        ...
+
+    async def refuse(self, refusal: Refusal, ticket: Ticket, *, now_s: float) -> bool:
+        """End a waiting stage as REFUSED and tell its client."""
+        ...
+
+    async def reap(self, *, now_s: float) -> Sequence[str]:
+        """End stages whose lease or whose client expired as LOST; their reservations begin to drain."""
+        ...
+
+    async def draining(self) -> Sequence[Reservation]:
+        """Reservations whose stage has ended but whose engine may still be computing."""
+        ...
+
+    async def settle(self, reservation: Reservation) -> bool:
+        """Give a draining reservation back: the engine agrees that it is idle again. False: it was settled before."""
+        ...
+
+    async def running(self) -> Sequence[Running]:
+        """All granted stages."""
+        ...
+
+    async def ledger(self) -> Ledger:
+        """What is reserved now."""
+        ...
+
+    async def depth(self, model: str) -> int:
+        """How many stages wait for a model."""
+        ...
+
+    async def read_log(self, after: str, n: int) -> tuple[str, Sequence[Observation | RunEnd]]:
+        """Up to ``n`` entries of the observation log after a position ("" for the beginning), and the new position."""
+        ...
+
+    async def incarnation(self) -> str:
+        """Changes when the store restarted, and with it what it may have forgotten."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineHealth:
+    """What an engine says of itself."""
+
+    healthy: bool
+    running: int = -1
+    waiting: int = -1
+    #: KV blocks in tokens, 0 where it does not say.
+    kv_tokens: int = 0
+
+
+class EngineProbe(Protocol):
+    """Reads an engine's own account. vLLM: ``GET /health`` and ``GET /metrics``."""
+
+    async def probe(self, spec: EngineSpec) -> EngineHealth:
+        """Never raises: an engine that does not answer is unhealthy."""
+        ...
+
+    async def close(self) -> None: ...

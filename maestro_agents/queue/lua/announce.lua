@@ -1,0 +1,21 @@
+-- announce: None -> QUEUED or None -> GRANTED, for a store that forgot what a client waits for or holds.
+-- KEYS  1 stage  2 ready  3 leases  4 clients  5 slots  6 kv  7 fence  8 wake  9 epoch
+-- ARGV  1 stage id  2 client id  3 ticket  4 due  5 now  6 alive until  7 model  8 record seconds
+--       9 token (0: it waits)  10 engine  11 kv bytes  12 granted at
+-- Result  1, or 0 where the stage is known
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('ZADD', KEYS[4], ARGV[6], ARGV[2])
+redis.call('HSET', KEYS[1], 'ticket', ARGV[3], 'client', ARGV[2], 'model', ARGV[7])
+if ARGV[9] == '0' then
+  redis.call('HSET', KEYS[1], 'status', 'queued')
+  redis.call('ZADD', KEYS[2], ARGV[4], ARGV[1])
+  if redis.call('LLEN', KEYS[8]) == 0 then redis.call('RPUSH', KEYS[8], '1') end
+  return 1
+end
+if tonumber(redis.call('GET', KEYS[7]) or 0) < tonumber(ARGV[9]) then redis.call('SET', KEYS[7], ARGV[9]) end
+redis.call('HSET', KEYS[1], 'status', 'granted', 'engine', ARGV[10], 'token', ARGV[9], 'kv', ARGV[11],
+  'epoch', redis.call('GET', KEYS[9]) or '0', 'granted_at', ARGV[12])
+redis.call('HINCRBY', KEYS[5], ARGV[10], 1)
+redis.call('HINCRBY', KEYS[6], ARGV[10], ARGV[11])
+redis.call('ZADD', KEYS[3], ARGV[6], ARGV[1])
+return 1

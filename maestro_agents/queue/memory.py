@@ -1,0 +1,367 @@
+"""The queue in one process: the specification that `redis.RedisQueue` is held to.
+
+Used as it is where no Redis is configured (one process, one event loop) and by tests and simulations. Read it beside
+`ports.Queue`, which states the promises, and `core.TRANSITIONS`, which states the moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import heapq
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from maestro_agents.core import (
+    TRANSITIONS,
+    Command,
+    EngineSpec,
+    Grant,
+    Observation,
+    Refusal,
+    RunEnd,
+    Status,
+    Ticket,
+    Verdict,
+    kv_need_bytes,
+)
+from maestro_agents.ports import Ledger, Renewal, Reservation, Running
+
+DEFAULT_P99_OUTPUT_TOKENS = 1024.0
+"""Reserved for a role that was never seen, where the caller sets no bound."""
+
+LOG_LENGTH = 20_000
+"""Observations kept: what statistics are rebuilt from after a restart."""
+
+RETRY_FLOOR_S = 0.5
+
+
+@dataclass(slots=True)
+class _Stage:
+    ticket: Ticket
+    status: Status
+    grant: Grant | None = None
+
+
+class MemoryQueue:
+    """See `ports.Queue`. ``lease_s``: how long a grant or a client lives without a renewal."""
+
+    def __init__(self, *, lease_s: float = 10.0, max_queue: int = 10_000) -> None:
+        self.lease_s = lease_s
+        self.max_queue = max_queue
+        self._stages: dict[str, _Stage] = {}
+        self._ended: OrderedDict[str, Status] = OrderedDict()
+        self._ready: defaultdict[str, set[str]] = defaultdict(set)
+        self._clients: dict[str, float] = {}
+        self._inbox: defaultdict[str, deque[Verdict]] = defaultdict(deque)
+        self._mail: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._slots: defaultdict[str, int] = defaultdict(int)
+        self._kv_bytes: defaultdict[str, int] = defaultdict(int)
+        self._draining: dict[str, Reservation] = {}
+        self._log: deque[tuple[int, Observation | RunEnd]] = deque(maxlen=LOG_LENGTH)
+        self._logged = 0
+        self._fence = 0
+        self._epoch = 0
+        self._leader: tuple[str, float] | None = None
+        self._engines: dict[str, EngineSpec] = {}
+        self._p99: Mapping[str, float] = {}
+        self._credit_epoch = 0
+        self._credits_until_s = 0.0
+        self._specs: dict[str, str] = {}
+        self._wake = asyncio.Event()
+
+    # -- the client's side -------------------------------------------------------------------------------------------
+    async def push(self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float) -> Verdict | None:
+        known = self._stages.get(ticket.stage_id)
+        if known is not None or ticket.stage_id in self._ended:
+            return known.grant if known is not None else None
+        self._clients[ticket.client_id] = now_s + self.lease_s
+        waiting = self._ready[ticket.model]
+        spec = self._credit(ticket, engines, now_s) if ticket.nested or not waiting else None
+        if spec is not None:
+            stage = self._stages[ticket.stage_id] = _Stage(ticket, Status.GRANTED)
+            grant = self._lease(ticket, spec.engine_id, self._need(ticket, spec), now_s, fast=True)
+            stage.grant = grant
+            return grant
+        if len(waiting) >= self.max_queue:
+            return Refusal(stage_id=ticket.stage_id, reason="full", retry_after_s=RETRY_FLOOR_S)
+        self._stages[ticket.stage_id] = _Stage(ticket, Status.QUEUED)
+        waiting.add(ticket.stage_id)
+        self._wake.set()
+        return None
+
+    def _credit(self, ticket: Ticket, engines: Sequence[EngineSpec], now_s: float) -> EngineSpec | None:
+        """The engine whose credits pay for this ticket now: the one with most free slots, first named on a tie."""
+        if self._credit_epoch != self._epoch or now_s >= self._credits_until_s:
+            return None
+        best: EngineSpec | None = None
+        best_free = 0
+        for candidate in engines:
+            spec = self._engines.get(candidate.engine_id)
+            if spec is None:
+                continue
+            free = spec.slots - self._slots[spec.engine_id]
+            fits = spec.kv_bytes == 0 or self._kv_bytes[spec.engine_id] + self._need(ticket, spec) <= spec.kv_bytes
+            if (ticket.nested or (free > 0 and fits)) and (best is None or free > best_free):
+                best, best_free = spec, free
+        return best
+
+    def _need(self, ticket: Ticket, spec: EngineSpec) -> int:
+        return kv_need_bytes(ticket, self._p99.get(ticket.role_key, DEFAULT_P99_OUTPUT_TOKENS), spec)
+
+    def _lease(self, ticket: Ticket, engine_id: str, kv_bytes: int, now_s: float, *, fast: bool) -> Grant:
+        self._fence += 1
+        self._slots[engine_id] += 1
+        self._kv_bytes[engine_id] += kv_bytes
+        return Grant(
+            stage_id=ticket.stage_id,
+            engine_id=engine_id,
+            token=self._fence,
+            epoch=self._epoch,
+            kv_bytes=kv_bytes,
+            granted_at_s=now_s,
+            lease_until_s=now_s + self.lease_s,
+            fast=fast,
+        )
+
+    async def verdicts(self, client_id: str, timeout_s: float) -> Sequence[Verdict]:
+        box, mail = self._inbox[client_id], self._mail[client_id]
+        if not box:
+            try:
+                await asyncio.wait_for(mail.wait(), timeout_s)
+            except TimeoutError:
+                return ()
+        mail.clear()
+        found = tuple(box)
+        box.clear()
+        return found
+
+    def _tell(self, client_id: str, verdict: Verdict) -> None:
+        self._inbox[client_id].append(verdict)
+        self._mail[client_id].set()
+
+    async def renew(self, client_id: str, stages: Mapping[str, int], *, now_s: float) -> Renewal:
+        self._clients[client_id] = now_s + self.lease_s
+        gone: list[str] = []
+        granted: list[str] = []
+        for stage_id, token in stages.items():
+            stage = self._stages.get(stage_id)
+            if stage is not None and stage.grant is not None and token in (0, stage.grant.token):
+                stage.grant = dataclasses.replace(stage.grant, lease_until_s=now_s + self.lease_s)
+                if token == 0:
+                    granted.append(stage_id)
+            elif stage is None or stage.grant is not None or token != 0:
+                gone.append(stage_id)
+        led = self._leader is not None and self._leader[1] > now_s
+        return Renewal(gone=tuple(gone), granted=tuple(granted), epoch=self._epoch, led=led)
+
+    async def announce(self, ticket: Ticket, grant: Grant | None, *, now_s: float) -> None:
+        if ticket.stage_id in self._stages or ticket.stage_id in self._ended:
+            return
+        self._clients[ticket.client_id] = now_s + self.lease_s
+        if grant is None:
+            self._stages[ticket.stage_id] = _Stage(ticket, Status.QUEUED)
+            self._ready[ticket.model].add(ticket.stage_id)
+            self._wake.set()
+            return
+        self._fence = max(self._fence, grant.token)
+        self._slots[grant.engine_id] += 1
+        self._kv_bytes[grant.engine_id] += grant.kv_bytes
+        self._stages[ticket.stage_id] = _Stage(
+            ticket, Status.GRANTED, dataclasses.replace(grant, lease_until_s=now_s + self.lease_s)
+        )
+
+    async def finish(self, observation: Observation, *, token: int, now_s: float) -> bool:
+        command = Command.FINISH if observation.status is Status.DONE else Command.FAIL
+        stage = self._held(observation.stage_id, token)
+        if stage is None:
+            return False
+        self._end(stage, command)
+        self._append(observation)
+        return True
+
+    def _held(self, stage_id: str, token: int) -> _Stage | None:
+        stage = self._stages.get(stage_id)
+        if stage is None or stage.status is not Status.GRANTED or stage.grant is None or stage.grant.token != token:
+            return None
+        return stage
+
+    def _end(self, stage: _Stage, command: Command, *, drain_since_s: float | None = None) -> None:
+        """Move a stage to its terminal status; free its reservation, or let it drain."""
+        (to,) = TRANSITIONS[stage.status, command]
+        if stage.status is Status.QUEUED:
+            self._ready[stage.ticket.model].discard(stage.ticket.stage_id)
+        elif stage.grant is not None:
+            self._return(stage.grant, drain_since_s)
+        del self._stages[stage.ticket.stage_id]
+        self._ended[stage.ticket.stage_id] = to
+        if len(self._ended) > LOG_LENGTH:
+            self._ended.popitem(last=False)
+
+    def _return(self, grant: Grant, drain_since_s: float | None) -> None:
+        if drain_since_s is None:
+            self._free(grant.engine_id, grant.kv_bytes)
+        else:
+            key = f"{grant.stage_id}#{grant.token}"
+            self._draining[key] = Reservation(
+                stage_id=key, engine_id=grant.engine_id, kv_bytes=grant.kv_bytes, since_s=drain_since_s
+            )
+
+    def _free(self, engine_id: str, kv_bytes: int) -> None:
+        self._slots[engine_id] -= 1
+        self._kv_bytes[engine_id] -= kv_bytes
+        self._wake.set()
+
+    def _append(self, entry: Observation | RunEnd) -> None:
+        self._logged += 1
+        self._log.append((self._logged, entry))
+
+    async def requeue(self, ticket: Ticket, *, token: int, now_s: float, draining: bool) -> bool:
+        stage = self._held(ticket.stage_id, token)
+        if stage is None or stage.grant is None:
+            return False
+        self._return(stage.grant, now_s if draining else None)
+        stage.ticket, stage.grant, stage.status = ticket, None, Status.QUEUED
+        self._ready[ticket.model].add(ticket.stage_id)
+        self._wake.set()
+        return True
+
+    async def cancel(self, stage_id: str, model: str, *, now_s: float, draining: bool) -> Status | None:
+        stage = self._stages.get(stage_id)
+        if stage is None:
+            return self._ended.get(stage_id)
+        before = stage.status
+        self._end(stage, Command.CANCEL, drain_since_s=now_s if draining else None)
+        return before
+
+    async def end_run(self, run: RunEnd) -> None:
+        self._append(run)
+
+    async def describe(self, workflow: str, spec: str) -> None:
+        self._specs.setdefault(workflow, spec)
+
+    async def fleet(self) -> Sequence[EngineSpec]:
+        return tuple(self._engines.values())
+
+    # -- the scheduler's side ----------------------------------------------------------------------------------------
+    async def lead(self, holder: str, *, ttl_s: float, now_s: float, at_least: int = 0) -> int | None:
+        if self._leader is not None and self._leader[0] != holder and self._leader[1] > now_s:
+            return None
+        if self._leader is None or self._leader[0] != holder:
+            self._epoch += 1
+        self._epoch = max(self._epoch, at_least)
+        self._leader = (holder, now_s + ttl_s)
+        return self._epoch
+
+    async def wake(self, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._wake.wait(), timeout_s)
+        except TimeoutError:
+            return
+        self._wake.clear()
+
+    async def publish(
+        self, engines: Sequence[EngineSpec], *, p99: Mapping[str, float], epoch: int, valid_until_s: float
+    ) -> bool:
+        if epoch < self._epoch:
+            return False
+        self._engines = {e.engine_id: e for e in engines}
+        self._p99 = dict(p99)
+        self._credit_epoch, self._credits_until_s = epoch, valid_until_s
+        return True
+
+    async def heads(self, model: str, n: int) -> Sequence[Ticket]:
+        tickets = (self._stages[s].ticket for s in self._ready[model])
+        return heapq.nsmallest(n, tickets, key=lambda t: (t.due_at_s, t.stage_id))
+
+    async def reorder(self, moments: Mapping[str, float], model: str) -> None:
+        for stage_id, due_at_s in moments.items():
+            if stage_id in self._ready[model]:
+                stage = self._stages[stage_id]
+                stage.ticket = stage.ticket.evolve(due_at_s=due_at_s)
+
+    async def grant(self, grant: Grant, ticket: Ticket, *, now_s: float) -> Grant | None:
+        stage = self._stages.get(grant.stage_id)
+        spec = self._engines.get(grant.engine_id)
+        if stage is None or stage.status is not Status.QUEUED or spec is None or grant.epoch != self._epoch:
+            return None
+        if self._clients.get(stage.ticket.client_id, 0.0) <= now_s:
+            self._end(stage, Command.LOSE)
+            return None
+        full = self._slots[spec.engine_id] >= spec.slots
+        full |= spec.kv_bytes > 0 and self._kv_bytes[spec.engine_id] + grant.kv_bytes > spec.kv_bytes
+        if full and not ticket.nested:
+            return None
+        given = self._lease(stage.ticket, grant.engine_id, grant.kv_bytes, now_s, fast=False)
+        given = dataclasses.replace(given, priority=grant.priority, because=grant.because)
+        self._ready[ticket.model].discard(grant.stage_id)
+        stage.status, stage.grant = Status.GRANTED, given
+        self._tell(stage.ticket.client_id, given)
+        return given
+
+    async def refuse(self, refusal: Refusal, ticket: Ticket, *, now_s: float) -> bool:
+        stage = self._stages.get(refusal.stage_id)
+        if stage is None or stage.status is not Status.QUEUED:
+            return False
+        self._end(stage, Command.REFUSE)
+        self._tell(stage.ticket.client_id, refusal)
+        return True
+
+    async def reap(self, *, now_s: float) -> Sequence[str]:
+        lost: list[str] = []
+        for stage_id, stage in list(self._stages.items()):
+            if stage.status is Status.GRANTED and stage.grant is not None and stage.grant.lease_until_s <= now_s:
+                self._end(stage, Command.LOSE, drain_since_s=now_s)
+                lost.append(stage_id)
+            elif stage.status is Status.QUEUED and self._clients.get(stage.ticket.client_id, 0.0) <= now_s:
+                self._end(stage, Command.LOSE)
+                lost.append(stage_id)
+        return tuple(lost)
+
+    async def draining(self) -> Sequence[Reservation]:
+        return tuple(self._draining.values())
+
+    async def settle(self, reservation: Reservation) -> bool:
+        if self._draining.pop(reservation.stage_id, None) is None:
+            return False
+        self._free(reservation.engine_id, reservation.kv_bytes)
+        return True
+
+    async def running(self) -> Sequence[Running]:
+        return tuple(
+            Running(
+                ticket=s.ticket,
+                engine_id=s.grant.engine_id,
+                token=s.grant.token,
+                kv_bytes=s.grant.kv_bytes,
+                granted_at_s=s.grant.granted_at_s,
+                lease_until_s=s.grant.lease_until_s,
+            )
+            for s in self._stages.values()
+            if s.status is Status.GRANTED and s.grant is not None
+        )
+
+    async def ledger(self) -> Ledger:
+        return Ledger(
+            slots={k: v for k, v in self._slots.items() if v}, kv_bytes={k: v for k, v in self._kv_bytes.items() if v}
+        )
+
+    async def depth(self, model: str) -> int:
+        return len(self._ready[model])
+
+    async def read_log(self, after: str, n: int) -> tuple[str, Sequence[Observation | RunEnd]]:
+        start = int(after or 0)
+        found = [(i, e) for i, e in self._log if i > start][:n]
+        return (str(found[-1][0]) if found else after), tuple(e for _, e in found)
+
+    async def incarnation(self) -> str:
+        return "memory"
+
+    async def close(self) -> None:
+        return None
+
+    def status(self, stage_id: str) -> Status | None:
+        """The status of a stage, also of one that ended lately."""
+        stage = self._stages.get(stage_id)
+        return stage.status if stage else self._ended.get(stage_id)

