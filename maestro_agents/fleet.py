@@ -182,7 +182,8 @@ class _File(_Table):
 
 
 def _explain(error: ValidationError, file: TomlFile) -> ConfigError:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = min(found, key=lambda e: e["type"] != "extra_forbidden")  # a misspelled key also shows as a missing one
     place = tuple(first["loc"])
     name = str(place[-1]) if place else "the file"
     match first["type"]:

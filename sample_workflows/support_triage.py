@@ -113,7 +113,7 @@ def graph(
         return {"verdict": await ask("review", f"Customer: {state['message']}\n\nReply: {state['reply']}")}
 
     def after_review(state: State) -> Literal["draft", "__end__"]:
-        again = state["verdict"].lstrip().upper().startswith("REVISE") and state["drafts"] < 2  # noqa: PLR2004
+        again = state["verdict"].lstrip().upper().startswith("REVISE") and state["drafts"] < 2
         return "draft" if again else END
 
     builder = StateGraph(State)
@@ -132,7 +132,7 @@ def graph(
 
 @maestro(agent="support", tenant="support")
 def build(model: str | None = None, base_url: str | None = None, extra_body: ExtraBody | None = None) -> Any:
-    """The app as its users run it: ``await build().ainvoke({"message": ...})``."""
+    """Build the app as its users run it; then ``await app.ainvoke({"message": ...})``."""
     return graph(model, base_url, extra_body).compile(name="support_triage")
 
 

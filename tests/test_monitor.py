@@ -22,6 +22,7 @@ ENGINES = tuple(
 
 
 def ticket(stage_id: str, *, pushed_at_s: float = 90.0, **changes: object) -> Ticket:
+    """A stage of an interactive run of the support app."""
     return Ticket(stage_id=stage_id, client_id="c", model="m", role="support:draft", pushed_at_s=pushed_at_s).evolve(
         **changes
     )
@@ -71,6 +72,7 @@ async def ended_stage(queue: MemoryQueue, stage_id: str, wait_s: float) -> None:
 
 
 def text_of(snapshot: monitor.Snapshot, *, width: int, height: int) -> str:
+    """What a terminal of this size shows."""
     out = StringIO()
     Console(file=out, width=width, height=height).print(monitor.render(snapshot, height=height))
     return out.getvalue()
@@ -232,7 +234,7 @@ async def test_show_finds_a_stage_that_waits_that_runs_and_that_has_ended():
 
 async def test_show_of_an_unknown_stage_says_where_to_look():
     """A wrong id is the user's error, in one line."""
-    with pytest.raises(ConfigError, match="no stage 'x'.*maestro queue ls"):
+    with pytest.raises(ConfigError, match=r"no stage 'x'.*maestro queue ls"):
         await monitor.find(await busy_queue(), "x")
 
 
@@ -246,7 +248,8 @@ async def test_cancel_refuses_a_waiting_stage_and_tells_its_caller():
 
 
 @pytest.mark.parametrize(
-    ("stage", "says"), [("runs", "runs on engine-0 already"), ("ended", "no stage 'ended' waits"), ("x", "no stage 'x'")]
+    ("stage", "says"),
+    [("runs", "runs on engine-0 already"), ("ended", "no stage 'ended' waits"), ("x", "no stage 'x'")],
 )
 async def test_cancel_of_anything_else_changes_nothing_and_says_why(stage, says):
     """A running call is its app's to end; what has ended or never was cannot be withdrawn."""

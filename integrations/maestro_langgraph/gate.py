@@ -15,7 +15,6 @@ What holds for every call:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -57,7 +56,6 @@ _REMEMBERED_RESPONSES: Final = 10_000
 
 _answered_by: OrderedDict[str, str] = OrderedDict()
 """Response id -> the engine that holds its conversation (``previous_response_id``)."""
-_described: set[tuple[str, str]] = set()
 
 
 # -- refusals: ours and the SDK's in one --------------------------------------------------------------------------------
@@ -163,7 +161,8 @@ class _Call:
             run.settle(self.client)
             options, owner = run.options, run
             service_class, deadline_at_s, tenant = run.service_class, run.deadline_at_s, run.tenant
-            self._describe(run)
+            if run.workflow is not None:
+                self.client.describe(run.workflow.fingerprint, run.workflow.spec)
         else:
             options, owner = identity.current_options().over(identity.defaults), None
             service_class, deadline_s, tenant = identity.terms(options, self.client.settings)
@@ -182,7 +181,6 @@ class _Call:
             deadline_at_s=deadline_at_s,
             run_started_at_s=owner.started_at_s if owner else now_s,
             pushed_at_s=now_s,
-            due_at_s=now_s,
             prompt_tokens=estimate_tokens(self.body),
             max_tokens=max_output_tokens(self.body),
             visit=owner.visit(caller.node) if owner else 0,
@@ -192,13 +190,6 @@ class _Call:
             refuse_late=bool(options.refuse_late),
             features=stage_features(self.body),
         )
-
-    def _describe(self, run: Run) -> None:
-        if run.workflow is not None and (self.client.client_id, run.workflow.fingerprint) not in _described:
-            if len(_described) > 10_000:
-                _described.clear()
-            _described.add((self.client.client_id, run.workflow.fingerprint))
-            self.client.describe(run.workflow.fingerprint, run.workflow.spec)
 
     # -- waiting -----------------------------------------------------------------------------------------------------
     def wait(self) -> EngineSpec | None:
@@ -304,10 +295,7 @@ class _Call:
         with quietly("watching an answer"):
             response = unread_response(result)
             if response is not None:
-                stream = tap(response, self, hide_usage=self.adds_usage, is_async=is_async)
-                if self.run is not None and self.caller.task:
-                    self.run.open_streams[self] = self.caller.task
-                return stream
+                return tap(response, self, hide_usage=self.adds_usage, is_async=is_async)
         usage = Usage()
         with quietly("reading usage"):
             self.first_byte()
@@ -315,16 +303,18 @@ class _Call:
         self.finish(usage, ok=True)
         return None
 
-    def broken(self, error: Exception, stream: Any) -> Exception:
+    def reading(self) -> None:
+        """Note that the caller reads a streaming answer from now on: what it calls meanwhile is nested."""
+        run = self.run
+        if run is not None and self.caller.task and not self.ended:
+            run.open_streams[self] = self.caller.task
+
+    def broken(self, error: Exception) -> Exception:
         """The SDK's error for a stream that broke before its first byte."""
-        del stream
         request = _httpx_of(self.sdk_client).Request("POST", self.url)
         if "Timeout" in type(error).__name__:
-            translated: Exception = openai.APITimeoutError(request=request)
-        else:
-            translated = openai.APIConnectionError(request=request)
-        translated.__cause__ = error
-        return translated
+            return openai.APITimeoutError(request=request)
+        return openai.APIConnectionError(request=request)
 
     def first_byte(self) -> None:
         with quietly("noting the first byte"):
@@ -437,6 +427,20 @@ _wrappers: tuple[_Request, _Request] | None = None
 _active = False
 
 
+def _prepare(call: _Call, client_for: Callable[[EngineSpec], Any]) -> tuple[Any, Any] | None:
+    """Our client and the request as its engine gets it; None where it should go as the caller made it."""
+    if call.to_original:
+        call.sent()
+        return None
+    try:
+        return client_for(cast("EngineSpec", call.engine)), call.outgoing()
+    except Exception as e:  # e.g. an engine URL that no client takes
+        warn_once("preparing a request", e)
+        call.cancel()
+        call.engine = None
+        return None
+
+
 def _wrap_sync(original: _Request) -> _Request:
     @functools.wraps(original)
     def request(self: Any, cast_to: Any, options: FinalRequestOptions, *args: Any, **kwargs: Any) -> Any:
@@ -445,22 +449,16 @@ def _wrap_sync(original: _Request) -> _Request:
             return original(self, cast_to, options, *args, **kwargs)
         try:
             while True:
-                engine, sent, through = call.wait(), options, self
-                if engine is not None and not engine.original:
-                    prepared = _prepare(call, engines.sync_client)
-                    through, sent = prepared or (self, options)
-                elif engine is not None:
-                    call.sent()
+                call.wait()
+                prepared = _prepare(call, engines.sync_client)
+                through, sent = prepared or (self, options)
                 try:
                     result = original(through, cast_to, sent, *args, **kwargs)
                     stream = call.watch(result, is_async=False)
-                    if stream is not None and through is not self:
-                        try:
-                            stream.prime()
-                        except Exception as e:
-                            with contextlib.suppress(Exception):
-                                stream._inner.close()
-                            raise call.broken(e, stream) from e
+                    if stream is not None:
+                        if prepared:
+                            _prime(call, stream)
+                        call.reading()
                 except Exception as e:
                     if not call.again(e):
                         raise
@@ -471,3 +469,97 @@ def _wrap_sync(original: _Request) -> _Request:
             raise
 
     return request
+
+
+def _wrap_async(original: _Request) -> _Request:
+    @functools.wraps(original)
+    async def request(self: Any, cast_to: Any, options: FinalRequestOptions, *args: Any, **kwargs: Any) -> Any:
+        call = _begin(self, options) if _active else None
+        if call is None:
+            return await original(self, cast_to, options, *args, **kwargs)
+        try:
+            while True:
+                await call.wait_async()
+                prepared = _prepare(call, engines.async_client)
+                through, sent = prepared or (self, options)
+                try:
+                    result = await original(through, cast_to, sent, *args, **kwargs)
+                    stream = call.watch(result, is_async=True)
+                    if stream is not None:
+                        if prepared:
+                            await _prime_async(call, stream)
+                        call.reading()
+                except Exception as e:
+                    if not call.again(e):
+                        raise
+                else:
+                    return result
+        except BaseException:
+            call.cancel()
+            raise
+
+    return request
+
+
+def _prime(call: _Call, stream: Any) -> None:
+    """Wait for the first bytes of a stream, so that an engine that dies before them costs the caller nothing."""
+    try:
+        stream.prime()
+    except Exception as e:
+        raise call.broken(e) from e
+
+
+async def _prime_async(call: _Call, stream: Any) -> None:
+    try:
+        await stream.prime()
+    except Exception as e:
+        raise call.broken(e) from e
+
+
+def self_check() -> str:
+    """Say what about this version of the SDK is not as the gate needs it; empty where all is well."""
+    for client in (sdk.SyncAPIClient, sdk.AsyncAPIClient):
+        names = list(inspect.signature(client.request).parameters)
+        if names[:3] != ["self", "cast_to", "options"] or "stream" not in names:
+            return f"{client.__name__}.request({', '.join(names)}) is not what it was"
+    if not inspect.iscoroutinefunction(inspect.unwrap(sdk.AsyncAPIClient.request)):
+        return "AsyncAPIClient.request is no coroutine function"
+    needed = {"method", "url", "params", "headers", "max_retries", "timeout", "json_data", "extra_json"}
+    if missing := needed - set(FinalRequestOptions.model_fields):
+        return f"FinalRequestOptions has no {', '.join(sorted(missing))}"
+    return ""
+
+
+def install() -> bool:
+    """Put the gate around the SDK; again changes nothing. False, with one warning, where the SDK is not as expected."""
+    global _originals, _wrappers, _active
+    if _originals is None:
+        if problem := self_check():
+            logger.warning("maestro: openai %s is not supported (%s): calls go out unmanaged", openai.__version__, problem)
+            return False
+        _originals = (sdk.SyncAPIClient.request, sdk.AsyncAPIClient.request)
+        _wrappers = (_wrap_sync(_originals[0]), _wrap_async(_originals[1]))
+        sdk.SyncAPIClient.request, sdk.AsyncAPIClient.request = _wrappers  # pyright: ignore[reportAttributeAccessIssue]
+    _active = True
+    return True
+
+
+def uninstall() -> None:
+    """Put back what was there. Where somebody wrapped the method after us, ours stays beneath and lets all through."""
+    global _originals, _wrappers, _active
+    _active = False
+    if _originals is None or _wrappers is None:
+        return
+    clients: tuple[Any, Any] = (sdk.SyncAPIClient, sdk.AsyncAPIClient)
+    if all(c.request is w for c, w in zip(clients, _wrappers, strict=True)):
+        for client, original in zip(clients, _originals, strict=True):
+            client.request = original
+        _originals = _wrappers = None
+
+
+def _forget() -> None:
+    _answered_by.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -6,6 +6,7 @@ until it is whole, which costs nothing: the SDK cannot use half an event either.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -82,6 +83,7 @@ class Watcher:
         self._legible = legible
         self._buffer = bytearray()
         self._handed = False
+        self._complete = False
         self._ended = False
         self.usage = Usage()
 
@@ -117,7 +119,7 @@ class Watcher:
     def _look(self, event: bytes) -> bool:
         """Learn from an event; True where it is the usage chunk that nobody but us asked for."""
         if event.startswith((b"data: [DONE]", b"data:[DONE]")):
-            self.end(ok=not self.usage.failed)
+            self._complete = True
             return False
         if not any(word in event for word in _TELLING):
             return False
@@ -129,7 +131,7 @@ class Watcher:
         fields = _mapping(body)
         self.usage.absorb(fields)
         if fields.get("type") in {"response.completed", "response.incomplete", "response.failed"}:
-            self.end(ok=not self.usage.failed)
+            self._complete = True
         return self._hide_usage and fields.get("choices") == [] and bool(fields.get("usage"))
 
     def rest(self) -> bytes:
@@ -148,6 +150,12 @@ class Watcher:
         if not self._handed:
             self._handed = True
             self._call.first_byte()
+        if self._complete:  # the engine is free, whether or not the caller reads on
+            self.end(ok=not self.usage.failed)
+
+    def mute(self) -> None:
+        """Say nothing any more: the call goes on with another answer."""
+        self._ended = True
 
     def end(self, *, ok: bool) -> None:
         if not self._ended:
@@ -156,7 +164,10 @@ class Watcher:
 
     def abandon(self) -> None:
         """The caller stopped reading, or lost the answer altogether."""
-        if not self._ended:
+        # of a compressed answer we cannot tell the end, and the SDK closes it there
+        if self._complete or (self._handed and not self._legible):
+            self.end(ok=not self.usage.failed)
+        elif not self._ended:
             self._ended = True
             self._call.cancel()
 
@@ -177,8 +188,14 @@ class SyncTap:
         weakref.finalize(self, watcher.abandon).atexit = False
 
     def prime(self) -> None:
-        """Wait for the first bytes. An error here is an error before the first byte: nothing is noted, it is raised."""
-        self._head = self._pull()
+        """Wait for the first bytes. An error here came before the first byte: the answer is dropped, nothing is noted."""
+        try:
+            self._head = self._pull()
+        except BaseException:
+            self._watcher.mute()
+            with contextlib.suppress(Exception):
+                self._inner.close()
+            raise
 
     def _pull(self) -> bytes:
         while not self._over:
@@ -222,7 +239,13 @@ class AsyncTap:
         weakref.finalize(self, watcher.abandon).atexit = False
 
     async def prime(self) -> None:
-        self._head = await self._pull()
+        try:
+            self._head = await self._pull()
+        except BaseException:
+            self._watcher.mute()
+            with contextlib.suppress(Exception):
+                await self._inner.aclose()
+            raise
 
     async def _pull(self) -> bytes:
         while not self._over:

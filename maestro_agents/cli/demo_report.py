@@ -93,7 +93,7 @@ def summarise(results: Sequence[RunResult], policy: str, service_class: ServiceC
 
 
 def comparison(results: Sequence[RunResult]) -> dict[str, dict[str, ClassSummary]]:
-    """policy -> service class -> summary, in the order of `TITLES`."""
+    """Policy -> service class -> summary, in the order of `TITLES`."""
     return {p: {c.value: summarise(results, p, c) for c in ServiceClass} for p in TITLES}
 
 
@@ -131,6 +131,8 @@ def picture(results: Sequence[RunResult], deadlines_s: Mapping[ServiceClass, flo
 
     colours = {ServiceClass.INTERACTIVE: "#0b6e99", ServiceClass.BATCH: "#b8860b"}
     found = comparison(results)
+    figure: Any
+    axes: Any
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True, sharex=True, layout="constrained")
     for axis, (policy, title) in zip(axes, TITLES.items(), strict=True):
         for c, colour in colours.items():

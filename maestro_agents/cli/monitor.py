@@ -299,9 +299,9 @@ def _runs_table(runs: Sequence[RunLine]) -> Table:
 def _seconds(value: float) -> str:
     if not math.isfinite(value):
         return "-"
-    if value < 10:  # noqa: PLR2004
+    if value < 10:
         return f"{value:.2f} s"
-    return f"{value:.0f} s" if value < 6_000 else f"{value / 3600:.1f} h"  # noqa: PLR2004
+    return f"{value:.0f} s" if value < 6_000 else f"{value / 3600:.1f} h"
 
 
 def _size(value: int) -> str:

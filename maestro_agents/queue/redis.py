@@ -150,7 +150,9 @@ class RedisQueue:
             *allowed,
         )
         if reply[0] == "granted":
-            _, engine_id, token, epoch, kv, granted_at, until = reply
+            _, engine_id, token, epoch, kv, granted_at, until, *known = reply
+            fast, body = known or ("1", "{}")
+            planned = json.loads(body)
             return Grant(
                 stage_id=ticket.stage_id,
                 engine_id=engine_id,
@@ -159,7 +161,9 @@ class RedisQueue:
                 kv_bytes=int(kv),
                 granted_at_s=float(granted_at),
                 lease_until_s=float(until or 0),
-                fast=True,
+                fast=fast == "1",
+                priority=planned.get("priority", 0),
+                because=planned.get("because", {}),
             )
         if reply[0] == "full":
             return Refusal(stage_id=ticket.stage_id, reason="full", retry_after_s=RETRY_FLOOR_S)
@@ -193,11 +197,15 @@ class RedisQueue:
         )
 
     async def announce(self, ticket: Ticket, grant: Grant | None, *, now_s: float) -> None:
-        held = (grant.token, grant.engine_id, grant.kv_bytes, grant.granted_at_s) if grant else (0, "", 0, 0)
+        held: tuple[object, ...] = (0,)
+        if grant is not None:
+            body = json.dumps(dataclasses.asdict(grant), separators=(",", ":"))
+            g = grant
+            held = (g.token, g.engine_id, g.kv_bytes, g.granted_at_s, g.epoch, int(g.fast), body)
         await self._run(
             "announce",
             [self._stage(ticket.stage_id), self._ready(ticket.model)]
-            + self._keys("leases", "clients", "slots", "kv", "fence", "wake", "epoch"),
+            + self._keys("leases", "clients", "slots", "kv", "fence", "wake"),
             ticket.stage_id,
             ticket.client_id,
             ticket.encode(),

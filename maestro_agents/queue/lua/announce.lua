@@ -1,7 +1,7 @@
 -- announce: None -> QUEUED or None -> GRANTED, for a store that forgot what a client waits for or holds.
--- KEYS  1 stage  2 ready  3 leases  4 clients  5 slots  6 kv  7 fence  8 wake  9 epoch
+-- KEYS  1 stage  2 ready  3 leases  4 clients  5 slots  6 kv  7 fence  8 wake
 -- ARGV  1 stage id  2 client id  3 ticket  4 due  5 now  6 alive until  7 model  8 record seconds
---       9 token (0: it waits)  10 engine  11 kv bytes  12 granted at
+--       9 token (0: it waits)  10 engine  11 kv bytes  12 granted at  13 epoch  14 fast (1/0)  15 grant (JSON)
 -- Result  1, or 0 where the stage is known
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 redis.call('ZADD', KEYS[4], ARGV[6], ARGV[2])
@@ -14,7 +14,7 @@ if ARGV[9] == '0' then
 end
 if tonumber(redis.call('GET', KEYS[7]) or 0) < tonumber(ARGV[9]) then redis.call('SET', KEYS[7], ARGV[9]) end
 redis.call('HSET', KEYS[1], 'status', 'granted', 'engine', ARGV[10], 'token', ARGV[9], 'kv', ARGV[11],
-  'epoch', redis.call('GET', KEYS[9]) or '0', 'granted_at', ARGV[12])
+  'epoch', ARGV[13], 'granted_at', ARGV[12], 'fast', ARGV[14], 'grant', ARGV[15])
 redis.call('HINCRBY', KEYS[5], ARGV[10], 1)
 redis.call('HINCRBY', KEYS[6], ARGV[10], ARGV[11])
 redis.call('ZADD', KEYS[3], ARGV[6], ARGV[1])

@@ -3,12 +3,12 @@
 -- ARGV  1 stage id  2 client id  3 ticket  4 due  5 now  6 alive until  7 model  8 role key  9 prompt tokens
 --       10 max tokens (-1: none)  11 nested (1/0)  12 max queue  13 default p99  14 first engine id,
 --       15 its bytes per token, 16 its max model length, and so on in threes
--- Result  {"granted", engine, token, epoch, kv bytes, granted at, lease until} (also for a stage that is known as
---         granted), {"queued"}, {"known"} or {"full"}
+-- Result  {"granted", engine, token, epoch, kv bytes, granted at, lease until}; for a stage that is known as granted
+--         also "0" or "1" (it came by the fast path) and its grant as JSON; {"queued"}, {"known"} or {"full"}
 local status = redis.call('HGET', KEYS[1], 'status')
 if status == 'granted' then
-  local g = redis.call('HMGET', KEYS[1], 'engine', 'token', 'epoch', 'kv', 'granted_at')
-  return {'granted', g[1], g[2], g[3], g[4], g[5], redis.call('ZSCORE', KEYS[3], ARGV[1])}
+  local g = redis.call('HMGET', KEYS[1], 'engine', 'token', 'epoch', 'kv', 'granted_at', 'fast', 'grant')
+  return {'granted', g[1], g[2], g[3], g[4], g[5], redis.call('ZSCORE', KEYS[3], ARGV[1]), g[6] or '0', g[7] or '{}'}
 elseif status then
   return {'known'}
 end
