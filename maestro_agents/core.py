@@ -166,6 +166,7 @@ class Ticket:
         try:
             body = json.loads(text)
             version = int(body.pop("v"))
+            body["stage_id"], body["client_id"], body["model"]  # noqa: B018  # required
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise WireError(f"not a ticket: {e}") from e
         if not WIRE_VERSION - 1 <= version <= WIRE_VERSION:

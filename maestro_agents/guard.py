@@ -63,7 +63,7 @@ class Guarded:
         """End the command and all it started. Idempotent; in a forked copy of the owner it does nothing."""
         if os.getpid() != self._owner_pid:
             return
-        assert self.guard.stdin is not None  # noqa: S101  # opened by `spawn`
+        assert self.guard.stdin is not None  # opened by `spawn`
         with contextlib.suppress(OSError, ValueError):
             self.guard.stdin.write(b"stop\n")
             self.guard.stdin.close()
@@ -102,7 +102,7 @@ def spawn(
             env=None if env is None else dict(env),
             start_new_session=True,
         )
-    assert guard.stdout is not None  # noqa: S101  # a pipe was asked for
+    assert guard.stdout is not None  # a pipe was asked for
     line = guard.stdout.readline()
     if not line.strip():
         guard.wait(grace_s)

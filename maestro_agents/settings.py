@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ENV_PREFIX: Final = "MAESTRO_"
 CONFIG_ENV: Final = "MAESTRO_CONFIG"
 DEFAULT_CONFIG_FILE: Final = "maestro.toml"
-OTHER_ENV: Final = frozenset({CONFIG_ENV, "MAESTRO_DEBUG"})
+OTHER_ENV: Final = frozenset({CONFIG_ENV, "MAESTRO_DEBUG", "MAESTRO_VLLM"})
 """Variables of ours that are no settings."""
 TEST_PREFIX: Final = "MAESTRO_TEST_"
 

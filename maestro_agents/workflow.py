@@ -122,6 +122,8 @@ def llm_heights(spec: dict[str, list[object]]) -> dict[str, int]:
         follow[str(edge[0])].append(str(edge[1]))  # type: ignore[index]
     done: dict[str, int] = {}
     for start in llm:
+        if start in done:
+            continue
         # Depth first without recursion: a graph may be deeper than Python's stack.
         path, todo = {start}, [(start, iter(follow[start]))]
         while todo:
@@ -132,7 +134,7 @@ def llm_heights(spec: dict[str, list[object]]) -> dict[str, int]:
                     todo.append((after, iter(follow[after])))
                     break
             else:
-                done[node] = max((done.get(a, 0) + llm[a] for a in follow[node] if a in llm and a != node), default=0)
+                done[node] = max((done[a] + llm[a] for a in follow[node] if a in done), default=0)
                 path.discard(node)
                 todo.pop()
     return done

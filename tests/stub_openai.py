@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -27,6 +28,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from maestro_agents import client as client_module
+from maestro_agents.client import Client, Pass
+from maestro_agents.core import Grant, Observation
+from maestro_langgraph import maestro
 
 
 @dataclass
@@ -276,3 +282,51 @@ def fleet_toml(urls: dict[str, str], *, slots: int = 4, model: str = "stub", mor
     """A fleet file with one engine per id."""
     engines = [f'[[engine]]\nid = "{i}"\nmodel = "{model}"\nurl = "{url}"\nslots = {slots}\n{more}' for i, url in urls.items()]
     return "\n".join(engines)
+
+
+@contextlib.contextmanager
+def managed(folder: Path, urls: dict[str, str], *, slots: int = 4, more: str = "", **settings: Any) -> Iterator[None]:
+    """This process under Maestro with a fleet of its own (or, without engines, none); everything is put back after."""
+    if urls:
+        path = folder / "fleet.toml"
+        path.write_text(fleet_toml(urls, slots=slots, more=more))
+        settings["fleet"] = path
+    maestro.configure(**settings)
+    try:
+        yield
+    finally:
+        maestro.uninstall()
+        client_module._overrides.clear()
+        Client.reset()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something of another thread that gives no event."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def waiting() -> int:
+    """Count the stages of this process that wait for a grant."""
+    return len(Client.current()._room.waiting)
+
+
+def held() -> int:
+    """Count the grants that this process holds."""
+    return len(Client.current()._room.held)
+
+
+@contextlib.contextmanager
+def watched_observations() -> Iterator[list[Observation]]:
+    """What the client reports of each stage, as it reports it."""
+    seen: list[Observation] = []
+    room = Client.current()._room
+    finish = room.finish
+
+    async def spy(p: Pass, grant: Grant, observation: Observation) -> None:
+        seen.append(observation)
+        await finish(p, grant, observation)
+
+    room.finish = spy  # type: ignore[method-assign]
+    yield seen

@@ -7,10 +7,13 @@
         ...
         return graph.compile()
 
-How it works, module by module: `options` (what the code can say) - `graph` (fingerprint and first guess of the graph) -
-`identity` (who calls: run, node, visit) - `gate` (where calls of the OpenAI SDK wait, and where they go then) -
-`engines` (our own clients, so that nothing of the caller's reaches an engine) - `stream` (answers, watched as they
-pass) - `attach` (`maestro` itself).
+How it works, module by module:
+
+- `attach`: `maestro` itself, on a graph, a builder or the process; `options`: what the code can say, checked.
+- `graph`: fingerprint and first guess of a graph; `runs`: the runs of this process; `identity`: who makes a call.
+- `gate`: the seam in the OpenAI SDK; `call`: one call's way through it; `refusals`: our errors in the SDK's classes.
+- `engines`: our own clients, so that nothing of the caller's reaches an engine; `stream`: answers, watched as they pass.
+- `quiet`: a bug of ours never breaks the user's graph.
 """
 
 from __future__ import annotations

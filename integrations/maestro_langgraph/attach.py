@@ -10,7 +10,7 @@ import contextvars
 import functools
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Final, ParamSpec, TypeVar, Unpack, cast, overload
 from weakref import WeakSet
@@ -22,10 +22,11 @@ from langgraph.pregel import Pregel
 
 from maestro_agents.client import Client
 from maestro_agents.errors import ConfigError
-from maestro_langgraph import gate, identity
+from maestro_langgraph import gate
 from maestro_langgraph.graph import describe
-from maestro_langgraph.identity import MaestroHandler, quietly
-from maestro_langgraph.options import OptionArgs, Options
+from maestro_langgraph.identity import MaestroHandler
+from maestro_langgraph.options import OptionArgs, Options, request_options, set_defaults
+from maestro_langgraph.quiet import quietly
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -145,10 +146,10 @@ class Maestro:
         """Manage every LangGraph graph and every OpenAI call of this process. Again changes the options only."""
         checked = Options.check(options)
         with self._lock:
-            identity.set_defaults(checked)
+            set_defaults(checked)
             gate.install()
             if self._hook is None:
-                self._hook = contextvars.ContextVar("maestro_handler", default=MaestroHandler())
+                self._hook = contextvars.ContextVar("maestro_handler", default=MaestroHandler())  # noqa: B039 - meant to be shared
                 tracer_context.register_configure_hook(self._hook, inheritable=True)
             if self._compile is None:
                 self._compile = StateGraph.compile
@@ -171,7 +172,7 @@ class Maestro:
         """Take everything back: the gate, the process-wide hook, and the handlers of all wrapped graphs."""
         with self._lock:
             gate.uninstall()
-            identity.set_defaults(Options())
+            set_defaults(Options())
             if self._hook is not None:
                 hooks = tracer_context._configure_hooks
                 hooks[:] = [h for h in hooks if h[0] is not self._hook]
@@ -189,12 +190,12 @@ class Maestro:
 
     # -- one request, and the settings -------------------------------------------------------------------------------
     @contextmanager
-    def options(self, **options: Unpack[OptionArgs]) -> Iterator[None]:
+    def options(self, **options: Unpack[OptionArgs]) -> Generator[None]:
         """Say who waits for the runs that begin inside: ``with maestro.options(service_class="batch"): ...``.
 
         A server needs it per request. It wins over what the graph or `install` says; a run that has begun keeps its terms.
         """
-        with identity.request_options(Options.check(options)):
+        with request_options(Options.check(options)):
             yield
 
     def configure(self, **settings: Any) -> None:

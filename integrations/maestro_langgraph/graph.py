@@ -31,7 +31,7 @@ _CALL_WORDS: Final = frozenset({"invoke", "ainvoke", "stream", "astream", "batch
 _LIBRARIES: Final = frozenset({
     "langchain", "langgraph", "langsmith", "openai", "pydantic", "asyncio", "logging", "json", "typing",
 })  # fmt: skip
-_PARTS: Final = ("steps", "steps__", "bound", "func", "afunc", "runnable", "default", "branches", "fallbacks", "mapper")
+_PARTS: Final = ("first", "middle", "last", "steps", "steps__", "bound", "func", "afunc", "runnable", "default", "branches", "fallbacks", "mapper")
 _DEEPEST: Final = 8
 
 

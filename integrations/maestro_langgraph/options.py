@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Self, TypedDict
+from typing import Any, Final, Self, TypedDict, cast
 
 from maestro_agents.core import ServiceClass
 from maestro_agents.errors import ConfigError
@@ -54,9 +57,9 @@ class Options:
                 classes = " or ".join(f'"{c.value}"' for c in ServiceClass)
                 raise ConfigError(f"service_class = {values['service_class']!r}: say {classes}") from None
         if "deadline_s" in values:
-            deadline_s: object = values["deadline_s"]
+            deadline_s = values["deadline_s"]
             number = isinstance(deadline_s, int | float) and not isinstance(deadline_s, bool)
-            if not number or not math.isfinite(deadline_s) or deadline_s <= 0:
+            if not number or not 0 < cast("float", deadline_s) < math.inf:
                 raise ConfigError(f"deadline_s = {deadline_s!r}: give the seconds a run may take, more than 0")
         for name in ("tenant", "agent"):
             if name in values and (not isinstance(values[name], str) or not values[name].strip()):
@@ -69,3 +72,31 @@ class Options:
         """Return these options, and the other's where nothing is said here."""
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(other, **{k: v for k, v in mine.items() if v is not None})
+
+
+_NOTHING: Final = Options()
+_request_options: ContextVar[Options] = ContextVar("maestro_options", default=_NOTHING)  # noqa: B039 - frozen
+
+
+@contextmanager
+def request_options(options: Options) -> Generator[None]:
+    """Hold options for every run that begins inside."""
+    token = _request_options.set(options.over(_request_options.get()))
+    try:
+        yield
+    finally:
+        _request_options.reset(token)
+
+
+_defaults = _NOTHING
+
+
+def set_defaults(options: Options) -> None:
+    """Hold the options of `maestro.install`, for where neither the graph nor the request says otherwise."""
+    global _defaults
+    _defaults = options
+
+
+def options_now(graph: Options = _NOTHING) -> Options:
+    """Return what holds for a run that begins now: the request's word over the graph's over the process's."""
+    return _request_options.get().over(graph).over(_defaults)

@@ -138,10 +138,8 @@ class Watcher:
         """Return what was held back at the end of the answer."""
         held = bytes(self._buffer) if self._hide_usage else b""
         if not self._events and self._legible and self._buffer:
-            try:
+            with contextlib.suppress(ValueError):
                 self.usage.absorb(_mapping(json.loads(bytes(self._buffer))))
-            except ValueError:
-                pass
         self._buffer.clear()
         return held
 

@@ -139,5 +139,3 @@ def _load(target: str) -> Any:
 
 def _not_loaded() -> None:
     """Stand for a sub-command that was not called."""
-
-

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 import typer
 from rich.console import Console, Group
@@ -31,12 +31,15 @@ from rich.table import Table
 from maestro_agents.cli.demo_input import MESSAGES, Arrival, Messages, arrivals, read_messages
 from maestro_agents.cli.demo_report import LABEL, TITLES, RunResult, comparison, picture, table
 from maestro_agents.cli.monitor import Snapshot, Watch
+from maestro_agents.cli.up import Stack
 from maestro_agents.client import Client
-from maestro_agents.core import Observation, ServiceClass
+from maestro_agents.core import EngineSpec, Observation, ServiceClass
+from maestro_agents.errors import ConfigError
+from maestro_agents.fleet import Fleet, Launch
 from maestro_agents.queue.redis import RedisClock, RedisQueue
 
 MODEL: Final = "emulated"
-DEADLINES_S: Final[Mapping[ServiceClass, float]] = {ServiceClass.INTERACTIVE: 8.0, ServiceClass.BATCH: 90.0}
+DEADLINES_S: Final[Mapping[ServiceClass, float]] = {ServiceClass.INTERACTIVE: 6.0, ServiceClass.BATCH: 60.0}
 """Fixed beforehand: about three times what a run takes on idle engines; batch has ample time."""
 
 LENGTHS: Final = {"classify": 6, "order": 120, "account": 90, "policy": 120, "history": 90, "draft": 260, "review": 12}
@@ -44,6 +47,16 @@ LENGTHS: Final = {"classify": 6, "order": 120, "account": 90, "policy": 120, "hi
 
 SPREAD: Final = 0.35
 """Standard deviation of the lengths' logarithm."""
+
+SLOTS: Final = 4
+FLEET: Final = Fleet(
+    pool="demo",
+    engines=tuple(
+        EngineSpec(engine_id=name, url="", model=MODEL, slots=SLOTS, kv_bytes_per_token=131_072) for name in ("a", "b")
+    ),
+    launches={name: Launch(kind="emulator", profile="gpu", args=("--speed", "2")) for name in ("a", "b")},
+)
+"""Two engines of four places each: together some 2.1 runs a second, less than what arrives."""
 
 LOOK_EVERY_S: Final = 0.5
 SAY_EVERY_S: Final = 5.0
@@ -81,7 +94,8 @@ def sample(name: str) -> ModuleType:
 def length_of(node: str, prompt: str) -> dict[str, Any]:
     """How long the emulated answer is to be, as a request field: the same for the same prompt, in both passes."""
     rng = random.Random(hashlib.sha256(f"{node}\n{prompt}".encode()).digest())
-    return {"min_tokens": max(1, round(LENGTHS[node] * math.exp(rng.gauss(0.0, SPREAD))))}
+    wanted = round(LENGTHS[node] * math.exp(rng.gauss(0.0, SPREAD)))
+    return {"min_tokens": min(max(1, wanted), sample("support_triage").MAX_TOKENS[node])}
 
 
 class Pass:
@@ -181,7 +195,7 @@ class View:
         self._tasks: dict[str, Any] = {}
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -224,3 +238,130 @@ def progress_table(now: Pass) -> Table:
             f"{sum(r.met for r in mine)} of {len(mine)}",
         )
     return shown
+
+
+# -- both passes ---------------------------------------------------------------------------------------------------------
+async def both_passes(
+    stack: Stack, plan: Sequence[Arrival], look: Callable[[Pass], None], *, app: Any
+) -> list[RunResult]:
+    """Serve the plan once under each policy, each in a pool of its own (so nothing is learned twice), on one fleet."""
+    results: list[RunResult] = []
+    for policy in TITLES:
+        pool = f"demo-{policy}"
+        await asyncio.to_thread(stack.start_scheduler, policy=policy, pool=pool)
+        Client.configure(redis_url=stack.redis_url, pool=pool, mode="on")
+        queue, clock = RedisQueue(stack.redis_url, pool=pool), RedisClock()
+        try:
+            await clock.sync(queue)
+            watch = Watch(queue, source=pool, now_s=clock.now_s)
+            results += await Pass(policy, plan, queue=queue, watch=watch, app=app).run(look)
+        finally:
+            await asyncio.to_thread(Client.reset)
+            await queue.close()
+    return results
+
+
+def run(
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help="Your own messages, one a line: JSON or plain text, .gz too.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of the sample per pass, seven LLM calls each.")] = 40,
+    seed: Annotated[int, typer.Option(help="Another seed, other arrivals.")] = 0,
+    png: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    events: Annotated[Path | None, typer.Option(help="Write one JSON line per run, to count again.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, the rest on stderr.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave Redis and engines running until Ctrl-C.")] = False,
+    redis_url: Annotated[str | None, typer.Option("--redis-url", help="Use this Redis, not an embedded one.")] = None,
+) -> None:
+    """See it work: the same runs first come first served and under Maestro, on two emulated engines.
+
+    Needs no GPU and no configuration; takes about a minute.
+    """
+    began_s = time.monotonic()
+    console = Console(stderr=as_json, highlight=False)
+    messages = read_messages(input_file, limit=runs) if input_file else Messages(texts=MESSAGES, bad=0, first_bad="")
+    if messages.bad:
+        console.print(f"{input_file}: {messages.bad} lines left out, the first: {messages.first_bad}", markup=False)
+    for path in (png, events):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.parent}")
+    plan = arrivals(messages.texts, runs=runs, seed=seed)
+    try:
+        with contextlib.ExitStack() as ends:
+            stack = Stack(FLEET, redis_url=redis_url)
+            ends.callback(stack.stop)
+            console.print(
+                f"{runs} runs of seven LLM calls, twice, on [bold]two emulated engines[/] (no GPU: their timing is a "
+                "model, their answers are filler)."
+            )
+            stack.start(scheduler=False)
+            console.print(f"Queue: {stack.redis_says}.", markup=False)
+            app = sample("support_triage").build(MODEL, stack.engines[0].url, length_of)
+            with View(console, runs) as view:
+                results = asyncio.run(both_passes(stack, plan, view, app=app))
+            _report(console, results, png=png, events=events)
+            if as_json:
+                print(json.dumps(_as_json(results, stack, messages, seed=seed, runs=runs, png=png, began_s=began_s)))
+            if keep:
+                _wait_for_ctrl_c(console, stack)
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        raise typer.Exit(130) from None
+    failed = [r for r in results if not r.done]
+    if failed:
+        console.print(f"{len(failed)} runs failed, the first with {failed[0].error}", markup=False, style="red")
+        raise typer.Exit(1)
+
+
+def _report(console: Console, results: Sequence[RunResult], *, png: Path, events: Path | None) -> None:
+    picture(results, DEADLINES_S, png)
+    console.print()
+    console.print(table(results, DEADLINES_S))
+    console.print(f"The same as a picture: {png}", markup=False)
+    if events is not None:
+        events.write_text("".join(r.encode() + "\n" for r in results), encoding="utf-8")
+        console.print(f"Every run as a line: {events}", markup=False)
+    console.print(
+        "\nThe two engines were emulated. LangGraph, the gate, Redis and the scheduler were real, and the order of the "
+        "calls is all that differed between the passes.\n"
+    )
+    console.print(HOW_TO_REAL, markup=False, soft_wrap=True)
+
+
+def _as_json(
+    results: Sequence[RunResult],
+    stack: Stack,
+    messages: Messages,
+    *,
+    seed: int,
+    runs: int,
+    png: Path,
+    began_s: float,
+) -> dict[str, Any]:
+    found = {p: {c: s.to_json() for c, s in classes.items()} for p, classes in comparison(results).items()}
+    return {
+        "label": LABEL,
+        "seed": seed,
+        "runs": runs,
+        "messages": len(messages.texts),
+        "bad_lines": messages.bad,
+        "redis": stack.redis_says,
+        "deadlines_s": {c.value: DEADLINES_S[c] for c in ServiceClass},
+        "policies": found,
+        "png": str(png),
+        "took_s": round(time.monotonic() - began_s, 1),
+    }
+
+
+def _wait_for_ctrl_c(console: Console, stack: Stack) -> None:
+    pool = stack.fleet.pool
+    console.print(
+        f"Still running, until Ctrl-C. Look with:\n  maestro top --redis-url {stack.redis_url} --pool {pool}\n"
+        f"An app joins with:\n  MAESTRO_REDIS_URL={stack.redis_url} MAESTRO_POOL={pool} "
+        f"OPENAI_BASE_URL={stack.engines[0].url} MAESTRO_SAMPLE_MODEL={MODEL} python -m {sample('support_triage').__name__} "
+        '"My parcel is late"',
+        markup=False,
+        soft_wrap=True,
+    )
+    while True:
+        time.sleep(3600)

@@ -42,9 +42,9 @@ MESSAGES: Final = (
 )
 """Written for this demo."""
 
-CALM_PER_S: Final = 0.9
-BURST_PER_S: Final = 2.6
-PHASE_S: Final = 5.0
+CALM_PER_S: Final = 1.6
+BURST_PER_S: Final = 5.0
+PHASE_S: Final = 3.0
 """The arrival process: Poisson, with a rate that alternates between calm and burst, each for one phase, burst first."""
 
 INTERACTIVE_SHARE: Final = 0.5

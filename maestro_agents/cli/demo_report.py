@@ -145,8 +145,8 @@ def picture(results: Sequence[RunResult], deadlines_s: Mapping[ServiceClass, flo
                 marker="o" if c is ServiceClass.INTERACTIVE else "s",
                 facecolors=[colour if r.met else "none" for r in runs],
                 edgecolors=colour,
-                label=f"{c.value}: {s.met} of {s.runs} in time, p50 {_seconds(s.completion_p50_s)}, "
-                f"p95 {_seconds(s.completion_p95_s)}, wait p95 {_seconds(s.wait_p95_s)}",
+                label=f"{c.value}: {s.met} of {s.runs} in time; completion p50 {_seconds(s.completion_p50_s)}, "
+                f"p95 {_seconds(s.completion_p95_s)}; wait per call p95 {_seconds(s.wait_p95_s)}",
             )
         limit_s = deadlines_s[ServiceClass.INTERACTIVE]
         axis.axhline(limit_s, color=colours[ServiceClass.INTERACTIVE], linewidth=1, linestyle="--")
@@ -164,7 +164,7 @@ def picture(results: Sequence[RunResult], deadlines_s: Mapping[ServiceClass, flo
         share = f"{met.met / met.runs:.0%}" if met.runs else "-"
         axis.set_title(f"{title}\n{share} of interactive runs in time", fontsize=14, fontweight="bold", loc="left")
         axis.set_xlabel("moment of arrival (s)")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, fontsize=9.5)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
     axes[0].set_ylabel("run completion (s)")
@@ -182,4 +182,4 @@ def picture(results: Sequence[RunResult], deadlines_s: Mapping[ServiceClass, flo
 
 
 def _seconds(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f} s"
+    return "-" if math.isnan(value) else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"

@@ -15,7 +15,6 @@ import importlib.util
 import io
 import os
 import shutil
-import signal
 import socket
 import ssl
 import tempfile
@@ -92,6 +91,10 @@ class EmbeddedRedis:
         """The server's process, where it was started here."""
         return self._process.pid if self._process else None
 
+    def alive(self) -> bool:
+        """The server that was started here runs."""
+        return self._process is not None and self._process.alive()
+
     def start(self) -> Self:
         """Find or start a server and wait until it answers. Raises `QueueUnavailable` where it does not start."""
         found = None if self.kind == "url" else find_server()
@@ -109,24 +112,23 @@ class EmbeddedRedis:
 
     def restart(self, *, kill: bool = False) -> None:
         """Start the server again at the same URL. ``kill``: end it by kill -9, as a crash would."""
-        if self._process is None:
+        if not self._port:
             raise QueueUnavailable("only a Redis that was started here can be restarted here")
-        if kill:
-            self._process.kill()
-        else:
-            os.kill(self._process.pid, signal.SIGTERM)
-            self._process.wait(_START_TIMEOUT_S)
-        self._process.stop()
-        self._process = None
+        if self._process is not None:
+            if kill:
+                self._process.kill()
+            self._process.stop()
+            self._process = None
         if not self._start_at(self._port):
-            raise QueueUnavailable(f"the embedded Redis did not come back:\n{self._log_tail()}")
+            raise QueueUnavailable(f"the embedded Redis did not come back: {self._last_words()}")
 
     def stop(self) -> None:
         """End the server, if it was started here, and remove its temporary folder. Idempotent."""
         if self._process is not None:
             self._process.stop()
             self._process = None
-            self.url = None
+        if self.kind != "url":
+            self.url, self._port = None, 0
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary = None
@@ -145,7 +147,7 @@ class EmbeddedRedis:
     @property
     def _home(self) -> Path:
         home = self._folder or self._temporary
-        assert home is not None  # noqa: S101  # `start` made one
+        assert home is not None  # `start` made one
         return home
 
     def _start_anywhere(self) -> None:
@@ -153,7 +155,7 @@ class EmbeddedRedis:
         for _ in range(_START_ATTEMPTS):
             if self._start_at(free_port()):
                 return
-        raise QueueUnavailable(f"the embedded Redis ({self._program}) did not start:\n{self._log_tail()}")
+        raise QueueUnavailable(f"the embedded Redis ({self._program}) did not start: {self._last_words()}")
 
     def _start_at(self, port: int) -> bool:
         """Start on a port; False where it ended at once or somebody else answers there."""
@@ -177,10 +179,10 @@ class EmbeddedRedis:
         process.stop()
         return False
 
-    def _log_tail(self) -> str:
-        with contextlib.suppress(OSError):
-            return "\n".join((self._home / "redis.log").read_text(errors="replace").splitlines()[-5:])
-        return "(no log)"
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError, IndexError):
+            return (self._home / "redis.log").read_text(errors="replace").splitlines()[-1]
+        return "it wrote no log"
 
 
 def free_port() -> int:

@@ -95,6 +95,9 @@ CPU_TINY: Final = EngineProfile(
 """Resembles vLLM 0.32.0 with a 3.7 M parameter Llama on two AVX2 cores: 204/439/617 tokens/s at 1/4/16 streams
 (measured 207/410/614), prefill 2,000 tokens/s."""
 
+PROFILES: Final[Mapping[str, EngineProfile]] = {"cpu-tiny": CPU_TINY, "gpu": EngineProfile()}
+"""By the name that a fleet file or a command line uses."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRequest:
@@ -218,7 +221,9 @@ class Engine:
             raise ValueError(f"request {request.request_id} is already here")
         total = request.prompt_tokens + request.output_tokens
         if total > self.profile.max_model_len:
-            raise ValueError(f"request {request.request_id}: {total} tokens, max_model_len={self.profile.max_model_len}")
+            raise ValueError(
+                f"request {request.request_id}: {total} tokens, max_model_len={self.profile.max_model_len}"
+            )
         self._advance(now_s)
         if self.profile.max_queued is not None and len(self._live) >= self.profile.max_queued:
             return False

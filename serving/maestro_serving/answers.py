@@ -21,11 +21,13 @@ from maestro_serving.jsonvalues import value_for
 _PIECE: Final = re.compile(r"\s?[^\W_]{1,6}|.", re.DOTALL)
 _TOKENS: Final = re.compile(r"\[\[tokens=(\d{1,7})\]\]")
 _TOOL: Final = re.compile(r"\[\[tool(?:=([\w.-]+))?\]\]")
-_WORDS: Final = (
-    "the order was checked and found ready so we can ship it today please note that your account shows one open "
-    "request which our team will review before noon after that a short message follows with all details you need if "
-    "anything is unclear ask again and include the number of the invoice thank you for waiting"
-).split()
+_WORDS: Final = tuple(
+    (
+        "the order was checked and found ready so we can ship it today please note that your account shows one "
+        "open request which our team will review before noon after that a short message follows with all details "
+        "you need if anything is unclear ask again and include the number of the invoice thank you for waiting"
+    ).split(" ")
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

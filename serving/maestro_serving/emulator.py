@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -28,12 +28,12 @@ from starlette.types import Receive, Scope, Send
 
 from maestro_agents.simulator.engine import CPU_TINY, EngineProfile, EngineRequest, RequestRecord
 from maestro_serving.answers import Answer, Question, answer
-from maestro_serving.live import EngineBusy, Flow, LiveEngine, Metrics
+from maestro_serving.live import EngineBusyError, Flow, LiveEngine, Metrics
 from maestro_serving.protocol import (
     ChatBody,
     CompletionBody,
     Limits,
-    Refused,
+    RefusedError,
     ResponsesBody,
     Sampled,
     chat_questions,
@@ -131,6 +131,12 @@ class _Job:
         return usage | {"prompt_tokens_details": {"cached_tokens": 0}} if details else usage
 
 
+class _Deltas(Protocol):
+    """The chunks that tell an answer's tokens from ``before`` up to ``after``; ``last``: there are no more."""
+
+    def __call__(self, index: int, before: int, after: int, *, last: bool) -> list[str]: ...
+
+
 class _Server:
     def __init__(self, config: EmulatorConfig) -> None:
         self.config = config
@@ -154,7 +160,7 @@ class _Server:
     async def list_models(self, request: Request) -> Response:
         if refusal := self.unauthorized(request):
             return refusal
-        models = [
+        models: list[dict[str, Any]] = [
             {
                 "id": name,
                 "object": "model",
@@ -251,10 +257,10 @@ class _Server:
         await request.body()  # from now on `receive` tells of nothing but the client's leaving
         try:
             return await _unless_gone(request.receive, reply) or Response(status_code=499)
-        except Refused as e:
+        except RefusedError as e:
             return JSONResponse(e.body, status_code=e.status)
-        except EngineBusy:
-            refused = Refused(503, _BUSY, kind="Service Unavailable")
+        except EngineBusyError:
+            refused = RefusedError(503, _BUSY, kind="Service Unavailable")
             return JSONResponse(refused.body, status_code=503)
 
     def unauthorized(self, request: Request) -> Response | None:
@@ -275,12 +281,14 @@ class _Server:
         engine = self.engines.get(name)
         if engine is None:
             known = ", ".join(self.engines)
-            raise Refused(404, f"The model `{name}` does not exist. Known: {known}.", kind="NotFoundError", param="model")
+            raise RefusedError(
+                404, f"The model `{name}` does not exist. Known: {known}.", kind="NotFoundError", param="model"
+            )
         questions = ask(Limits(model=name, max_model_len=engine.profile.max_model_len))
         try:
             answers = [answer(q) for q in questions]
         except ValueError as e:
-            raise Refused(400, f"The schema cannot be satisfied: {e}") from None
+            raise RefusedError(400, f"The schema cannot be satisfied: {e}") from None
         request_id = request.headers.get("x-request-id") or body.request_id or uuid.uuid4().hex[:16]
         separator = "_" if prefix == "resp" else "-"
         return _Job(
@@ -314,11 +322,12 @@ class _Server:
             choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             if done:
                 choice |= {"finish_reason": _chat_reason(done, named=named), "stop_reason": done.stop_reason}
+                more |= _signature(body)
             if continuous:
                 more["usage"] = job.usage(tokens, details=False)
             return _event(job, "chat.completion.chunk", [choice], **more)
 
-        def deltas(index: int, before: int, after: int, last: bool) -> list[str]:
+        def deltas(index: int, before: int, after: int, *, last: bool) -> list[str]:
             a = job.answers[index]
             done = a if last else None
             out: list[str] = []
@@ -327,7 +336,7 @@ class _Server:
             text = "".join(a.pieces[before:after])
             if a.tool:
                 if before == 0:
-                    call = {"id": _tool_id(job), "type": "function", "index": 0, "function": {"name": a.tool}}
+                    call = {"id": _tool_id(), "type": "function", "index": 0, "function": {"name": a.tool}}
                     out.append(chunk(index, {"content": None, "tool_calls": [call]}, None, after))
                 if text:
                     part = {"index": 0, "function": {"arguments": text}}
@@ -338,7 +347,7 @@ class _Server:
                 # What ends by itself ends with an empty chunk (the end-of-text token), a cut answer with its last text.
                 cut = a.finish_reason == "length" or not text
                 out += [chunk(index, {"content": text}, None, after)] if not cut or not last else []
-                out += [chunk(index, {"content": text if cut else ""}, done, after)] if last else []
+                out += [chunk(index, {"content": text} if cut and text else {}, done, after)] if last else []
             return out
 
         async for event in self.chunks(job, body, "chat.completion.chunk", deltas):
@@ -347,7 +356,7 @@ class _Server:
     async def completion_chunks(self, job: _Job, body: CompletionBody) -> AsyncGenerator[str | None]:
         continuous = bool(body.stream_options and body.stream_options.continuous_usage_stats)
 
-        def deltas(index: int, before: int, after: int, last: bool) -> list[str]:
+        def deltas(index: int, before: int, after: int, *, last: bool) -> list[str]:
             a = job.answers[index]
             choice: dict[str, Any] = {
                 "index": index,
@@ -357,19 +366,17 @@ class _Server:
                 "stop_reason": a.stop_reason if last else None,
             }
             more = {"usage": job.usage(after, details=False)} if continuous else {}
-            return [_event(job, "text_completion", [choice], **more)]
+            return [_event(job, "text_completion", [choice], **more, **(_signature(body) if last else {}))]
 
         async for event in self.chunks(job, body, "text_completion", deltas):
             yield event
 
-    async def chunks(
-        self, job: _Job, body: Sampled, kind: str, deltas: Callable[[int, int, int, bool], list[str]]
-    ) -> AsyncGenerator[str | None]:
+    async def chunks(self, job: _Job, body: Sampled, kind: str, deltas: _Deltas) -> AsyncGenerator[str | None]:
         """All answers' chunks as their tokens come, then usage, then the end. None first: admitted."""
         with job.engine.run(job.requests, job.reasons) as flows:
             yield None
             async for index, before, after, last in _told(flows):
-                for event in deltas(index, before, after, last):
+                for event in deltas(index, before, after, last=last):
                     yield event
             records = [await flow.end() for flow in flows]
         if body.stream_options and body.stream_options.include_usage:
@@ -394,12 +401,13 @@ class _Server:
         with job.engine.run(job.requests, job.reasons) as flows:
             yield None
             for kind in ("response.created", "response.in_progress"):
-                yield event(kind, response=self.response_body(job, body, item=None, record=None))
+                begun = self.response_body(job, body, item=None, record=None)
+                yield event(kind, response={k: v for k, v in begun.items() if k != "metrics"})
             async for _, before, after, _ in _told(flows):
                 if before == 0:
                     yield event("response.output_item.added", item=_blank(item), output_index=0)
                     if not a.tool:
-                        part = {"annotations": [], "text": "", "type": "output_text", "logprobs": []}
+                        part: dict[str, Any] = {"annotations": [], "text": "", "type": "output_text", "logprobs": []}
                         yield event("response.content_part.added", content_index=0, part=part, **where)
                 if not (text := "".join(a.pieces[before:after])):
                     continue
@@ -476,7 +484,7 @@ def _chat_choice(index: int, a: Answer, *, named: bool) -> dict[str, Any]:
     }
     if a.tool and a.finish_reason == "stop":  # a call that was cut stays text
         call = {
-            "id": f"chatcmpl-tool-{uuid.uuid4().hex[:16]}",
+            "id": _tool_id(),
             "type": "function",
             "function": {"name": a.tool, "arguments": a.text},
         }
@@ -501,7 +509,7 @@ def _response_item(a: Answer, *, status: str) -> dict[str, Any]:
             "id": f"fc_{unique}",
             "status": status,
         }
-    part = {"annotations": [], "text": a.text, "type": "output_text", "logprobs": None}
+    part: dict[str, Any] = {"annotations": [], "text": a.text, "type": "output_text", "logprobs": None}
     return {"id": f"msg_{unique}", "content": [part], "role": "assistant", "status": status, "type": "message"}
 
 
@@ -510,8 +518,14 @@ def _blank(item: Mapping[str, Any]) -> dict[str, Any]:
     return {**item, "arguments": ""} if item["type"] == "function_call" else {**item, "content": []}
 
 
-def _tool_id(job: _Job) -> str:
+def _tool_id() -> str:
     return f"chatcmpl-tool-{uuid.uuid4().hex[:16]}"
+
+
+def _signature(body: Sampled) -> dict[str, Any]:
+    """The last chunk of an answer is signed, unless a usage chunk follows, which is signed then."""
+    follows = body.stream_options and body.stream_options.include_usage
+    return {} if follows else {"system_fingerprint": _FINGERPRINT}
 
 
 def _event(job: _Job, kind: str, choices: list[dict[str, Any]], **more: Any) -> str:
@@ -659,7 +673,7 @@ class Emulator:
         #: Ends in ``/v1``.
         self.url = _url(self._listener)
 
-    def __enter__(self) -> Emulator:
+    def __enter__(self) -> Self:
         self._thread.start()
         if not self._ready.wait(20):
             raise TimeoutError("the emulator did not start within 20 s")

@@ -7,12 +7,16 @@ numbers, $ref within the schema, allOf, anyOf, oneOf. Anything else that constra
 
 from __future__ import annotations
 
+import importlib
 import math
 import random
 import re
 import uuid
 from collections.abc import Mapping
 from typing import Any, Final, cast
+
+# Python's own reader of regular expressions has no public name.
+_regex_parser: Final[Any] = importlib.import_module("re._parser")
 
 Schema = Mapping[str, Any]
 
@@ -21,6 +25,11 @@ _DEPTH: Final = 5
 _HOPELESS: Final = 64
 _WORDS: Final = ("alpha", "order", "ready", "north", "seven", "delta", "paper", "green", "river", "check")
 _PRINTABLE: Final = [chr(c) for c in range(32, 127)]
+_CATEGORIES: Final = {
+    "DIGIT": set("0123456789"),
+    "SPACE": {" "},
+    "WORD": {c for c in _PRINTABLE if c.isalnum() or c == "_"},
+}
 _FORMATS: Final = {
     "date": "2026-03-14",
     "time": "09:26:53Z",
@@ -40,7 +49,7 @@ class _Maker:
         self.root = root
         self.rng = rng
 
-    def value(self, schema: Schema | bool, depth: int) -> Any:
+    def value(self, schema: Schema | bool, depth: int) -> Any:  # noqa: FBT001 (true and false are schemas)
         if depth > _HOPELESS:
             raise ValueError("the schema is recursive without an end")
         if schema is False:
@@ -78,7 +87,7 @@ class _Maker:
                 problem = e
         raise problem
 
-    def flat(self, schema: Schema | bool) -> Schema:
+    def flat(self, schema: Schema | bool) -> Schema:  # noqa: FBT001
         """The schema with $ref and allOf resolved."""
         if isinstance(schema, bool):
             return {}
@@ -103,7 +112,7 @@ class _Maker:
                 raise ValueError(f"the schema has no {ref}")
             found = cast("Mapping[str, Any]", found)[key]
         if not isinstance(found, Mapping):
-            raise ValueError(f"{ref} is no schema")
+            raise ValueError(f"{ref} is no schema")  # noqa: TRY004 (the schema is a value)
         return cast("Schema", found)
 
     def typed(self, kind: str, schema: Schema, depth: int) -> Any:
@@ -231,9 +240,8 @@ def _merge(a: Schema, b: Schema) -> Schema:
 
 def _from_pattern(pattern: str, rng: random.Random) -> str:
     """A string that a regular expression matches. Python's own parser reads it."""
-    parser: Any = re._parser  # type: ignore[attr-defined]  # noqa: SLF001 (the only reader of its syntax)
     try:
-        tree = parser.parse(pattern)
+        tree: Any = _regex_parser.parse(pattern)
     except re.error as e:
         raise ValueError(f"the pattern {pattern!r} is no regular expression: {e}") from None
     return "".join(_parts(tree, rng))
@@ -280,9 +288,8 @@ def _members(items: Any) -> list[str]:
                 chosen.update(chr(c) for c in range(arg[0], min(arg[1], arg[0] + 127) + 1))
             case "CATEGORY":
                 name = str(arg)
-                tests = {"DIGIT": str.isdigit, "SPACE": str.isspace, "WORD": lambda c: c.isalnum() or c == "_"}
-                test = next(t for key, t in tests.items() if name.endswith(key))
-                chosen.update(c for c in _PRINTABLE if test(c) != ("_NOT_" in name))
+                members = next(m for key, m in _CATEGORIES.items() if name.endswith(key))
+                chosen.update(set(_PRINTABLE) - members if "_NOT_" in name else members)
             case other:
                 raise ValueError(f"patterns with {other} in a class are not supported")
     found = sorted(set(_PRINTABLE) - chosen) if negate else sorted(chosen)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -31,7 +31,7 @@ _LATENCY_BUCKETS_S: Final = (
 _FINISH_REASONS: Final = ("stop", "length", "abort", "error", "repetition")
 
 
-class EngineBusy(Exception):
+class EngineBusyError(Exception):
     """The engine's queue is full."""
 
 
@@ -141,8 +141,8 @@ class LiveEngine:
             metrics.success.labels(**self._labels, finished_reason=reason)
 
     @contextlib.contextmanager
-    def run(self, requests: Sequence[EngineRequest], reasons: Sequence[str]) -> Iterator[list[Flow]]:
-        """Submit requests together; whatever has not ended when the caller leaves is aborted. Raises `EngineBusy`.
+    def run(self, requests: Sequence[EngineRequest], reasons: Sequence[str]) -> Generator[list[Flow]]:
+        """Submit requests together; whatever has not ended when the caller leaves is aborted. Raises `EngineBusyError`.
 
         ``reasons``: how each will have finished (``stop``, ``length``), for the metrics.
         """
@@ -151,7 +151,7 @@ class LiveEngine:
             for request, reason in zip(requests, reasons, strict=True):
                 if not self._model.submit(request, time.monotonic()):
                     self._metrics.rejections.labels(model_name=self.name, reason="max_num_queued_reqs").inc()
-                    raise EngineBusy
+                    raise EngineBusyError
                 flow = Flow(request)
                 flows.append(flow)
                 self._flows[request.request_id] = flow

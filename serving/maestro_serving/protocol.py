@@ -27,7 +27,7 @@ _Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 _Body = TypeVar("_Body", bound="Body")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A request that is answered with an error, in vLLM's words and shape."""
 
     def __init__(self, status: int, message: str, *, kind: str = "BadRequestError", param: str | None = None) -> None:
@@ -37,6 +37,8 @@ class Refused(Exception):
 
 
 class StreamOptions(BaseModel):
+    """``stream_options`` of a request."""
+
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
@@ -164,7 +166,7 @@ class Limits:
 
 
 def parse(kind: type[_Body], raw: bytes, headers: Mapping[str, str]) -> _Body:
-    """Read a request's body. Raises `Refused`."""
+    """Read a request's body. Raises `RefusedError`."""
     if headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise _invalid("Unsupported Media Type: Only 'application/json' is allowed", param=None)
     try:
@@ -190,7 +192,7 @@ def parse(kind: type[_Body], raw: bytes, headers: Mapping[str, str]) -> _Body:
 def chat_questions(body: ChatBody, limits: Limits) -> list[Question]:
     """What a chat request asks, ``n`` times."""
     if not body.messages:
-        raise Refused(400, "There are no messages to apply the chat template to.")
+        raise RefusedError(400, "There are no messages to apply the chat template to.")
     texts = [f"{m.role}\n{text_of(m.content)}{_calls_text(m)}" for m in body.messages]
     tools = [Tool(name=t.function.name, parameters=t.function.parameters or {}) for t in body.tools or ()]
     choice = body.tool_choice
@@ -222,13 +224,17 @@ def completion_questions(body: CompletionBody, limits: Limits) -> list[Question]
         case [int(), *_]:
             prompts = [(str(prompt), len(prompt))]
         case [_, *_]:
-            prompts = [(str(p), count_tokens(p) if isinstance(p, str) else len(p)) for p in prompt if not isinstance(p, int)]
+            prompts = [
+                (str(p), count_tokens(p) if isinstance(p, str) else len(p)) for p in prompt if not isinstance(p, int)
+            ]
         case _:
-            raise Refused(400, "Neither prompt nor prompt_embeds was given. (parameter=prompt)", param="prompt")
+            raise RefusedError(400, "Neither prompt nor prompt_embeds was given. (parameter=prompt)", param="prompt")
     questions: list[Question] = []
     for text, tokens in prompts:
         base = Question(model=limits.model, text=text, last_text=text, prompt_tokens=0, max_tokens=0)
-        questions += _sampled(base, body, limits, prompt_tokens=max(1, tokens), asked=body.max_tokens, name="max_tokens")
+        questions += _sampled(
+            base, body, limits, prompt_tokens=max(1, tokens), asked=body.max_tokens, name="max_tokens"
+        )
     return questions
 
 
@@ -236,15 +242,17 @@ def response_question(body: ResponsesBody, limits: Limits) -> Question:
     """What a request of the Responses API asks."""
     if body.previous_response_id is not None:
         message = f"Response with id '{body.previous_response_id}' not found."
-        raise Refused(404, message, kind="invalid_request_error", param="response_id")
+        raise RefusedError(404, message, kind="invalid_request_error", param="response_id")
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     texts = [body.instructions] if body.instructions else []
-    texts += [f"{i.get('role', '')}\n{text_of(i.get('content'))}{i.get('arguments') or i.get('output') or ''}" for i in items]
+    texts += [
+        f"{i.get('role', '')}\n{text_of(i.get('content'))}{i.get('arguments') or i.get('output') or ''}" for i in items
+    ]
     tools = [Tool(name=t.name, parameters=t.parameters or {}) for t in body.tools if t.type == "function" and t.name]
     choice = body.tool_choice
     name = choice.name if isinstance(choice, _FlatNamedTool) else choice
     if name not in (None, "none", "auto", "required", *(t.name for t in tools)) or (name == "required" and not tools):
-        raise Refused(400, f"tool_choice names no tool of `tools`: {name}", param="tool_choice")
+        raise RefusedError(400, f"tool_choice names no tool of `tools`: {name}", param="tool_choice")
     text_format = body.text.format if body.text else None
     schema = None
     if text_format and text_format.type != "text":
@@ -273,7 +281,7 @@ def _sampled(
 ) -> list[Question]:
     room = _room(prompt_tokens, limits, asked=asked, name=name)
     if body.min_tokens < 0 or body.min_tokens > (asked or room):
-        raise Refused(400, f"min_tokens must be between 0 and max_tokens={asked or room}, got {body.min_tokens}.")
+        raise RefusedError(400, f"min_tokens must be between 0 and max_tokens={asked or room}, got {body.min_tokens}.")
     filled = dataclasses.replace(
         base,
         prompt_tokens=prompt_tokens,
@@ -288,39 +296,43 @@ def _sampled(
 def _room(prompt_tokens: int, limits: Limits, *, asked: int | None, name: str) -> int:
     """The longest answer that the caller and the context allow."""
     if asked is not None and asked < 1:
-        raise Refused(400, f"{name} must be at least 1, got {asked}. (parameter={name}, value={asked})", param=name)
+        raise RefusedError(
+            400, f"{name} must be at least 1, got {asked}. (parameter={name}, value={asked})", param=name
+        )
     if asked is not None and asked > limits.max_model_len:
         message = f"{name}={asked} is above max_model_len={limits.max_model_len}. (parameter={name}, value={asked})"
-        raise Refused(400, message, param=name)
+        raise RefusedError(400, message, param=name)
     room = limits.max_model_len - prompt_tokens
     if room < 1:
         message = (
             f"This model's maximum context length is {limits.max_model_len} tokens; the prompt has {prompt_tokens}. "
             f"(parameter=input_tokens, value={prompt_tokens})"
         )
-        raise Refused(400, message, param="input_tokens")
+        raise RefusedError(400, message, param="input_tokens")
     return room if asked is None else min(room, asked)
 
 
 def _check_sampling(body: Sampled) -> None:
     if body.stream_options is not None and not body.stream:
         message = "stream_options are for `stream=True` only. (parameter=stream_options)"
-        raise Refused(400, message, param="stream_options")
+        raise RefusedError(400, message, param="stream_options")
     if (body.n if body.n is not None else 1) < 1:
-        raise Refused(400, f"n must be at least 1, got {body.n}.")
+        raise RefusedError(400, f"n must be at least 1, got {body.n}.")
     if body.temperature is not None and body.temperature < 0:
         message = f"temperature must not be negative, got {body.temperature}. (parameter=temperature)"
-        raise Refused(400, message, param="temperature")
+        raise RefusedError(400, message, param="temperature")
 
 
 def _check_tools(body: ChatBody) -> None:
     if body.tools is not None and not body.tools:
-        raise Refused(400, "`tools` must not be empty: name a tool or leave it out. (parameter=tools)", param="tools")
+        raise RefusedError(
+            400, "`tools` must not be empty: name a tool or leave it out. (parameter=tools)", param="tools"
+        )
     choice = body.tool_choice
     if choice not in (None, "none") and not body.tools:
-        raise Refused(400, "`tool_choice` needs `tools`. (parameter=tool_choice)", param="tool_choice")
+        raise RefusedError(400, "`tool_choice` needs `tools`. (parameter=tool_choice)", param="tool_choice")
     if isinstance(choice, _NamedTool) and choice.function.name not in {t.function.name for t in body.tools or ()}:
-        raise Refused(400, "`tool_choice` names none of `tools`. (parameter=tool_choice)", param="tool_choice")
+        raise RefusedError(400, "`tool_choice` names none of `tools`. (parameter=tool_choice)", param="tool_choice")
 
 
 def _chat_schema(wanted: _Format | None) -> Mapping[str, Any] | None:
@@ -330,7 +342,7 @@ def _chat_schema(wanted: _Format | None) -> Mapping[str, Any] | None:
         return _ANY_OBJECT
     if wanted.json_schema is None:
         message = "A response_format of type 'json_schema' needs the field 'json_schema'. (parameter=response_format)"
-        raise Refused(400, message, param="response_format")
+        raise RefusedError(400, message, param="response_format")
     return wanted.json_schema.json_schema or {}
 
 
@@ -339,5 +351,5 @@ def _calls_text(message: _Message) -> str:
     return json.dumps(calls) if calls else ""
 
 
-def _invalid(message: str, *, param: str | None) -> Refused:
-    return Refused(400, message, kind="Bad Request", param=param)
+def _invalid(message: str, *, param: str | None) -> RefusedError:
+    return RefusedError(400, message, kind="Bad Request", param=param)

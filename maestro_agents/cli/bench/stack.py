@@ -1,0 +1,96 @@
+"""The fleets that the benches run on: emulated engines, or real vLLM on this machine's CPU cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from maestro_agents.cli.up import Stack
+from maestro_agents.core import EngineSpec
+from maestro_agents.errors import ConfigError
+from maestro_agents.fleet import Fleet, Launch
+from maestro_agents.predict.memory import kv_bytes_per_token
+
+MODEL: Final = "bench"
+MODEL_PATH_ENV: Final = "MAESTRO_VLLM_MODEL"
+"""Folder of the model that real vLLM engines of the benches serve (``serving/vllm_cpu/tiny_model.py`` makes one)."""
+
+KV_BYTES: Final = 256 * 2**20
+
+
+def emulated(
+    *,
+    engines: int = 2,
+    profile: str = "cpu-tiny",
+    slots: int = 4,
+    args: tuple[str, ...] = (),
+    policy: str = "ours",
+    logs: Path | None = None,
+    notice: Callable[[str], None] = lambda _line: None,
+) -> Stack:
+    """A stack of emulated engines: every number from it carries the label ``emulated``."""
+    names = [chr(ord("a") + i) for i in range(engines)]
+    fleet = Fleet(
+        engines=tuple(EngineSpec(engine_id=n, url="", model=MODEL, slots=slots) for n in names),
+        launches={n: Launch(kind="emulator", profile=profile, args=args) for n in names},
+    )
+    return Stack(fleet, policy=policy, logs=logs, notice=notice)
+
+
+def real_vllm(
+    *,
+    engines: int = 2,
+    slots: int = 4,
+    max_num_seqs: int | None = None,
+    policy: str = "ours",
+    logs: Path | None = None,
+    notice: Callable[[str], None] = lambda _line: None,
+) -> Stack:
+    """A stack of real vLLM engines, one per CPU core (label ``CPU-protocol-verified``). Raises `ConfigError`."""
+    folder = os.environ.get(MODEL_PATH_ENV, "")
+    if not Path(folder, "config.json").is_file():
+        raise ConfigError(
+            f"{MODEL_PATH_ENV} must name the folder of a small model for vLLM: "
+            "python serving/vllm_cpu/tiny_model.py DIR makes one (see docs/vllm-cpu.md)"
+        )
+    names = [chr(ord("a") + i) for i in range(engines)]
+    per_token = kv_bytes_per_token(_config(folder))
+    fleet = Fleet(
+        engines=tuple(
+            EngineSpec(engine_id=n, url="", model=MODEL, slots=slots, kv_bytes_per_token=per_token, max_model_len=2048)
+            for n in names
+        ),
+        launches={
+            n: Launch(
+                kind="vllm",
+                model_path=folder,
+                kv_cache_memory_bytes=KV_BYTES,
+                cpu_core=i % (os.cpu_count() or 1),
+                args=("--max-num-seqs", str(max_num_seqs)) if max_num_seqs else (),
+            )
+            for i, n in enumerate(names)
+        },
+    )
+    return Stack(fleet, policy=policy, logs=logs, notice=notice)
+
+
+def _config(folder: str) -> dict[str, object]:
+    import json
+
+    return dict(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
+
+
+def label(kind: str) -> str:
+    """What may be claimed from a stack of this kind."""
+    return {"emulator": "emulated", "vllm": "CPU-protocol-verified"}[kind]
+
+
+def stack(kind: str, **options: object) -> Stack:
+    """``emulator`` or ``vllm``. Raises `ConfigError`."""
+    if kind == "emulator":
+        return emulated(**options)  # type: ignore[arg-type]
+    if kind == "vllm":
+        return real_vllm(**options)  # type: ignore[arg-type]
+    raise ConfigError(f"--engine {kind!r}: emulator or vllm")

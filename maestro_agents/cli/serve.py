@@ -1,0 +1,140 @@
+"""`maestro scheduler` and `maestro emulate`: one process each, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import uuid
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from maestro_agents.errors import ConfigError, QueueUnavailable
+from maestro_agents.fleet import Fleet, load_fleet
+from maestro_agents.queue.embedded import ping, without_password
+from maestro_agents.settings import Settings
+
+log = logging.getLogger("maestro")
+
+
+def scheduler(
+    fleet: Annotated[Path | None, typer.Option("--fleet", help="fleet.toml. Default: MAESTRO_FLEET.")] = None,
+    redis_url: Annotated[
+        str | None, typer.Option("--redis-url", help="Default: that of the fleet file, else MAESTRO_REDIS_URL.")
+    ] = None,
+    pool: Annotated[str | None, typer.Option("--pool", help="Default: that of the fleet file.")] = None,
+    policy: Annotated[str, typer.Option("--policy", help="The order of stages: `ours`, or a baseline.")] = "ours",
+) -> None:
+    """Run the scheduler of a pool. One leads, further ones stand by and take over when it dies."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per probe
+    settings = Settings.load(redis_url=redis_url)
+    path = fleet or settings.fleet
+    if path is None:
+        raise ConfigError("which fleet? Name it: maestro scheduler --fleet fleet.toml (or MAESTRO_FLEET)")
+    whole = load_fleet(path)
+    url = redis_url or whole.redis_url or settings.redis_url
+    if url is None:
+        raise ConfigError("which Redis? Give --redis-url, [redis] url in the fleet file, or MAESTRO_REDIS_URL")
+    whole.running()
+    try:
+        ping(url)
+    except QueueUnavailable as e:
+        raise QueueUnavailable(f"{e}. Start it, or let `maestro up` bring one along") from None
+    until_stopped(_schedule(whole, url, pool or whole.pool, policy, settings))
+
+
+async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Settings) -> None:
+    from maestro_agents.policy import ORDERS
+    from maestro_agents.queue.redis import RedisClock, RedisQueue
+    from maestro_agents.scheduler import Scheduler
+    from maestro_serving.vllm import VllmProbe
+
+    if policy not in ORDERS:
+        raise ConfigError(f"there is no policy {policy!r}: known are {', '.join(ORDERS)}")
+    queue = RedisQueue(url, pool=pool, lease_s=settings.lease_s, max_queue=settings.max_queue)
+    clock = RedisClock()
+    probe = VllmProbe()
+    holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    try:
+        await clock.sync(queue)
+        log.info("pool %s, %d engines, Redis at %s, policy %s", pool, len(fleet.engines), without_password(url), policy)
+        await Scheduler(
+            queue,
+            fleet.running(),
+            clock=clock,
+            holder=holder,
+            order=ORDERS[policy],
+            probe=probe,
+            lease_s=settings.lease_s,
+        ).run()
+    finally:
+        await probe.close()
+        await queue.close()
+
+
+def emulate(
+    model: Annotated[list[str] | None, typer.Option("--model", help="A model to serve; may be repeated.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port; it is printed.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    profile: Annotated[str, typer.Option(help="How fast it is: `cpu-tiny` or `gpu`.")] = "cpu-tiny",
+    speed: Annotated[float, typer.Option(min=0.001, help="How many times faster than its profile.")] = 1.0,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests in a batch.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt + output, in tokens.")] = None,
+    max_num_queued_reqs: Annotated[
+        int | None, typer.Option(min=1, help="Requests in the server above which it answers 503.")
+    ] = None,
+    scheduling_policy: Annotated[str, typer.Option(help="`priority` or `fcfs`.")] = "priority",
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="Key that /v1 asks for.")] = None,
+) -> None:
+    """Run an emulated vLLM server: the same API, metrics and queueing, timing from a model, answers that are filler."""
+    from maestro_agents.simulator.engine import PROFILES, Scheduling
+    from maestro_serving.emulator import EmulatedModel, EmulatorConfig, serve
+
+    if profile not in PROFILES:
+        raise ConfigError(f"there is no profile {profile!r}: known are {', '.join(PROFILES)}")
+    if scheduling_policy not in set(Scheduling):
+        raise ConfigError(f"there is no scheduling policy {scheduling_policy!r}: known are {', '.join(Scheduling)}")
+    changes: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": max_model_len,
+        "max_queued": max_num_queued_reqs,
+        "scheduling": Scheduling(scheduling_policy),
+    }
+    base = PROFILES[profile]
+    try:
+        engine = dataclasses.replace(base, **{k: v for k, v in changes.items() if v is not None})
+        models = tuple(EmulatedModel(name=name, profile=engine) for name in model or ["tiny"])
+        config = EmulatorConfig(models=models, speed=speed, api_key=api_key)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    names = ", ".join(m.name for m in models)
+
+    def ready(url: str) -> None:
+        print(f"emulating {names} at {url} (no GPU, no model: timing and filler)", flush=True)
+
+    try:
+        asyncio.run(serve(config, host=host, port=port, on_ready=ready))
+    except OSError as e:
+        raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror or e}. Choose another --port, or 0") from None
+
+
+def until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Run until done, or until SIGINT or SIGTERM, which end it in its own order and quietly."""
+
+    async def body() -> None:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(body())

@@ -1,0 +1,388 @@
+"""`maestro up`: Redis, a scheduler and a fleet as child processes, in one command.
+
+`Stack` is the machinery, for the demo, the benches and tests too: it starts things in order, waits until each is ready,
+starts again what dies, and leaves nothing behind, however it ends itself (`maestro_agents.guard`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Final, Self, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from maestro_agents import guard
+from maestro_agents.core import EngineSpec
+from maestro_agents.errors import ConfigError, MaestroError, QueueUnavailable
+from maestro_agents.fleet import Fleet, load_fleet, write_fleet
+from maestro_agents.queue.embedded import EmbeddedRedis, ping
+from maestro_agents.settings import Settings
+from maestro_serving.processes import EngineProcess, engine_command, free_port
+from maestro_serving.vllm import VllmProbe
+
+FIRST_BACKOFF_S: Final = 0.5
+LAST_BACKOFF_S: Final = 30.0
+STABLE_S: Final = 60.0
+"""After so long a life a death counts as the first again."""
+
+LOOK_EVERY_S: Final = 0.1
+SCHEDULER_START_S: Final = 30.0
+
+T = TypeVar("T")
+
+
+class Stack:
+    """The processes of one pool. Methods block and may be called from any thread; ``notice`` is told what happens.
+
+    ``redis_url``: use that Redis instead of starting one. ``keep``: start again what dies. ``appendonly``: an embedded
+    Redis remembers over a restart. ``logs``: where the processes' output goes; a temporary folder where None.
+    ``on_ready``: told ``(part, detail)`` when a part is ready.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        redis_url: str | None = None,
+        policy: str = "ours",
+        logs: Path | None = None,
+        appendonly: bool = False,
+        keep: bool = True,
+        notice: Callable[[str], None] = lambda _line: None,
+        on_ready: Callable[[str, str], None] = lambda _part, _detail: None,
+    ) -> None:
+        self.fleet = fleet
+        self.policy = policy
+        self.keep = keep
+        self._notice = notice
+        self._on_ready = on_ready
+        self._temporary = Path(tempfile.mkdtemp(prefix="maestro-stack-")) if logs is None else None
+        self.logs = logs or self._temporary or Path()
+        self._redis = EmbeddedRedis(redis_url or fleet.redis_url, appendonly=appendonly)
+        self._engines: dict[str, EngineProcess] = {}
+        self._scheduler: guard.Guarded | None = None
+        self._scheduler_command: list[str] = []
+        self._lock = threading.RLock()  # between a keeper that starts things again and a caller that restarts them
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="maestro-stack", daemon=True)
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopped = False
+
+    # -- what there is -----------------------------------------------------------------------------------------------
+    @property
+    def redis_url(self) -> str:
+        """Where apps join."""
+        if self._redis.url is None:
+            raise QueueUnavailable("the stack has no Redis (yet)")
+        return self._redis.url
+
+    @property
+    def redis_says(self) -> str:
+        """Which Redis it is, for people."""
+        return self._redis.explain()
+
+    @property
+    def engines(self) -> tuple[EngineSpec, ...]:
+        """The fleet as it runs."""
+        return self.fleet.running()
+
+    def pids(self) -> dict[str, int]:
+        """The processes that run now, by part."""
+        found = {"redis": self._redis.pid or 0, "scheduler": self._scheduler.pid if self._scheduler else 0}
+        found |= {f"engine {name}": engine.pid for name, engine in self._engines.items()}
+        return {part: pid for part, pid in found.items() if pid}
+
+    # -- start and stop ----------------------------------------------------------------------------------------------
+    def start(self, *, redis: bool = True, engines: bool = True, scheduler: bool = True) -> Self:
+        """Start the parts asked for, in order, and wait until each is ready. On failure nothing is left behind."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        try:
+            if redis:
+                self._start_redis()
+            if engines:
+                self._call(self._start_engines())
+            if scheduler:
+                self.start_scheduler()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def start_scheduler(self, *, policy: str | None = None, pool: str | None = None) -> None:
+        """Start the scheduler, in place of the one that runs. ``pool``: another than the fleet's."""
+        if pool is not None:
+            self.fleet = dataclasses.replace(self.fleet, pool=pool)
+        self.policy = policy or self.policy
+        fleet_file = self.logs / "fleet.toml"
+        write_fleet(dataclasses.replace(self.fleet, redis_url=None), fleet_file)
+        with self._lock:
+            first, previous = self._scheduler is None, self._scheduler
+            self._scheduler_command = [
+                *(sys.executable, "-m", "maestro_agents.cli", "scheduler", "--redis-url", self.redis_url),
+                *("--fleet", str(fleet_file), "--policy", self.policy),
+            ]
+            if previous is not None:
+                previous.stop()
+            self._scheduler = self._spawn_scheduler()
+        self._call(self._scheduler_leads())
+        self._on_ready("scheduler", f"pool {self.fleet.pool}, policy {self.policy}")
+        if first and self.keep:
+            self._keep_alive(self._keep("the scheduler", self._scheduler_alive, self._scheduler_again))
+
+    def stop(self) -> None:
+        """End everything that was started here. Idempotent."""
+        if self._stopped:
+            return
+        self._stopped = True
+        with self._lock:
+            if self._scheduler is not None:
+                self._scheduler.stop()
+                self._scheduler = None
+        if self._thread.is_alive():
+            with contextlib.suppress(Exception):
+                self._call(self._stop_engines())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+        if not self._thread.is_alive():
+            self._loop.close()
+        self._redis.stop()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    # -- faults ------------------------------------------------------------------------------------------------------
+    def kill_scheduler(self) -> int:
+        """Kill -9 the scheduler; returns the pid it had. It is started again where the stack keeps things alive."""
+        with self._lock:
+            if self._scheduler is None:
+                raise ConfigError("no scheduler was started here")
+            return _kill(self._scheduler.pid)
+
+    def kill_engine(self, engine_id: str) -> int:
+        """Kill -9 an engine that was launched here; returns the pid it had. It comes back at the same URL."""
+        engine = self._engines.get(engine_id)
+        if engine is None or not engine.pid:
+            raise ConfigError(f"engine {engine_id!r} was not launched here, or does not run")
+        return _kill(engine.pid)
+
+    def restart_redis(self, *, kill: bool = True) -> None:
+        """Restart the embedded Redis at the same URL; what it knew is gone unless it is ``appendonly``."""
+        with self._lock:
+            self._redis.restart(kill=kill)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+    def _start_redis(self) -> None:
+        self._redis.start()
+        if self._redis.url is None:
+            raise ConfigError("no Redis server is here to start: install redis-server, or give the URL of one")
+        ping(self._redis.url)
+        self._on_ready("redis", self._redis.explain())
+        if self.keep and self._redis.kind != "url":
+            self._keep_alive(self._keep("Redis", self._redis.alive, self._redis.restart))
+
+    async def _start_engines(self) -> None:
+        specs = {e.engine_id: e for e in self.fleet.engines}
+        urls: dict[str, str] = {}
+        for engine_id, launch in self.fleet.launches.items():
+            port = launch.port or free_port()
+            urls[engine_id] = f"http://127.0.0.1:{port}/v1"
+            self._engines[engine_id] = EngineProcess(
+                engine_id,
+                engine_command(specs[engine_id], launch, port=port),
+                url=urls[engine_id],
+                log=self.logs / f"engine-{engine_id}.log",
+                notice=self._notice,
+            )
+        self.fleet = self.fleet.adopt(urls)
+        try:
+            async with asyncio.TaskGroup() as group:  # the first failure ends the waiting for the others
+                for engine in self._engines.values():
+                    group.create_task(self._start_engine(engine))
+                for spec in self.fleet.running():
+                    if spec.engine_id not in self._engines:
+                        group.create_task(self._look_at(spec))
+        except* MaestroError as e:
+            raise e.exceptions[0] from None
+        if self.keep:
+            for engine in self._engines.values():
+                self._keep_alive(engine.keep())
+
+    async def _start_engine(self, engine: EngineProcess) -> None:
+        await engine.start()
+        self._on_ready(f"engine {engine.engine_id}", engine.url)
+
+    async def _look_at(self, spec: EngineSpec) -> None:
+        probe = VllmProbe()
+        try:
+            healthy = (await probe.probe(spec)).healthy
+        finally:
+            await probe.close()
+        self._on_ready(f"engine {spec.engine_id}", spec.url if healthy else f"{spec.url} does not answer yet")
+
+    def _spawn_scheduler(self) -> guard.Guarded:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        return guard.spawn(self._scheduler_command, log=self.logs / "scheduler.log", env=env)
+
+    async def _scheduler_leads(self) -> None:
+        """Wait until the scheduler has published the fleet."""
+        from maestro_agents.queue.redis import RedisQueue
+
+        queue = RedisQueue(self.redis_url, pool=self.fleet.pool)
+        give_up_at = time.monotonic() + SCHEDULER_START_S
+        try:
+            while not await queue.fleet():
+                if self._scheduler is None or not self._scheduler.alive():
+                    raise QueueUnavailable(f"the scheduler ended while it started: {self._last_words('scheduler.log')}")
+                if time.monotonic() > give_up_at:
+                    raise QueueUnavailable(f"the scheduler did not lead within {SCHEDULER_START_S:g} s")
+                await asyncio.sleep(LOOK_EVERY_S / 2)
+        finally:
+            await queue.close()
+
+    def _last_words(self, log: str) -> str:
+        with contextlib.suppress(OSError, IndexError):
+            return (self.logs / log).read_text(errors="replace").splitlines()[-1]
+        return "(no log)"
+
+    # -- keeping alive -----------------------------------------------------------------------------------------------
+    def _scheduler_alive(self) -> bool:
+        return self._scheduler is not None and self._scheduler.alive()
+
+    def _scheduler_again(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.stop()
+        self._scheduler = self._spawn_scheduler()
+
+    async def _keep(self, part: str, alive: Callable[[], bool], again: Callable[[], None]) -> None:
+        """Start a part again whenever it died, later each time, until cancelled."""
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            began_s = time.monotonic()
+            while not self._seen_dead(alive):
+                await asyncio.sleep(LOOK_EVERY_S)
+            if time.monotonic() - began_s > STABLE_S:
+                backoff_s = FIRST_BACKOFF_S
+            self._notice(f"{part} ended; it is started again in {backoff_s:g} s (logs: {self.logs})")
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(LAST_BACKOFF_S, 2 * backoff_s)
+            try:
+                await asyncio.to_thread(self._unless_alive, alive, again)
+            except MaestroError as e:
+                self._notice(str(e))
+            else:
+                self._notice(f"{part} was started again")
+
+    def _seen_dead(self, alive: Callable[[], bool]) -> bool:
+        """False also while somebody restarts it on purpose."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return not alive()
+        finally:
+            self._lock.release()
+
+    def _unless_alive(self, alive: Callable[[], bool], again: Callable[[], None]) -> None:
+        with self._lock:
+            if not self._stopped and not alive():
+                again()
+
+    # -- the loop behind ---------------------------------------------------------------------------------------------
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _keep_alive(self, work: Coroutine[Any, Any, None]) -> None:
+        self._loop.call_soon_threadsafe(lambda: self._keepers.append(self._loop.create_task(work)))
+
+    async def _stop_engines(self) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(engine.stop() for engine in self._engines.values()))
+
+
+def _kill(pid: int) -> int:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def run(
+    fleet: Annotated[Path, typer.Argument(help="The fleet file.")] = Path("fleet.toml"),
+    redis_url: Annotated[
+        str | None,
+        typer.Option("--redis-url", help="Default: the fleet file's, else MAESTRO_REDIS_URL, else embedded."),
+    ] = None,
+    logs: Annotated[Path, typer.Option("--logs", help="Folder for what the processes say.")] = Path("maestro-logs"),
+    policy: Annotated[str, typer.Option("--policy", help="The order of stages: `ours`, or a baseline.")] = "ours",
+) -> None:
+    """Start Redis, engines and the scheduler, and start again what dies. Ctrl-C ends them all.
+
+    Engines with [engine.launch] are started, engines with a url are used as they are. The engines and the embedded
+    Redis listen on this machine only.
+    """
+    console = Console(highlight=False)
+    settings = Settings.load(redis_url=redis_url)
+    whole = load_fleet(fleet)
+    url = redis_url or whole.redis_url or settings.redis_url
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # whichever it is, everything ends in order
+    columns = (SpinnerColumn(finished_text="✓"), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bars:
+        parts = ["redis", *(f"engine {e.engine_id}" for e in whole.engines), "scheduler"]
+        tasks = {part: bars.add_task(f"{part}: starting", total=1) for part in parts}
+
+        def ready(part: str, detail: str) -> None:
+            bars.update(tasks[part], description=f"{part}: {detail}", completed=1)
+
+        stack = Stack(whole, redis_url=url, policy=policy, logs=logs, notice=console.print, on_ready=ready)
+        try:
+            stack.start()
+        except KeyboardInterrupt:
+            stack.stop()
+            raise typer.Exit(130) from None
+    try:
+        _tell(console, stack)
+        ended.wait()
+    except KeyboardInterrupt:
+        console.print("stopping")
+    finally:
+        stack.stop()
+    console.print("everything has ended")
+
+
+def _tell(console: Console, stack: Stack) -> None:
+    console.print(
+        f"\nLogs: {stack.logs}. Look with `maestro top`. Ctrl-C ends it all. Apps join with:",
+        markup=False,
+    )
+    lines = [f"export MAESTRO_REDIS_URL={stack.redis_url}"]
+    if stack.fleet.pool != "default":
+        lines.append(f"export MAESTRO_POOL={stack.fleet.pool}")
+    for line in lines:
+        console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -1,0 +1,163 @@
+"""Policies: pure functions from a snapshot to a plan."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maestro_agents.core import EngineSpec, EngineState, Prediction, ServiceClass, Ticket
+from maestro_agents.policy import ORDERS, Snapshot, plan, priority
+
+NOW = 1_790_000_000.0
+
+
+def ticket(stage_id: str, **changes: object) -> Ticket:
+    base = Ticket(stage_id=stage_id, client_id="c", model="m", role="r", prompt_tokens=100, pushed_at_s=NOW, due_at_s=NOW)
+    return base.evolve(**changes)
+
+
+def prediction(service_s: float = 1.0, remaining_s: float = 0.0, tokens: float = 50.0) -> Prediction:
+    return Prediction(
+        output_tokens_mean=tokens, output_tokens_p50=tokens, output_tokens_p90=tokens, output_tokens_p99=tokens,
+        service_s=service_s, remaining_s=remaining_s,
+    )  # fmt: skip
+
+
+def engine(engine_id: str = "a", **changes: object) -> EngineState:
+    state = {k: changes.pop(k) for k in list(changes) if k in EngineState.__dataclass_fields__}
+    spec = {"engine_id": engine_id, "url": "u", "model": "m", "slots": 2, **changes}
+    return EngineState(spec=EngineSpec(**spec), **state)  # type: ignore[arg-type]
+
+
+def decide(tickets: list[Ticket], predictions: list[Prediction], engines: list[EngineState], order: str = "ours"):  # noqa: ANN201
+    by_id = {t.stage_id: p for t, p in zip(tickets, predictions, strict=True)}
+    return plan(Snapshot(tickets=tickets, predictions=by_id, engines=engines), ORDERS[order], epoch=3, now_s=NOW)
+
+
+def test_the_run_with_least_left_goes_first() -> None:
+    """Of two stages pushed together, the one whose run is nearly done is granted."""
+    long, short = ticket("long"), ticket("short")
+    made = decide([long, short], [prediction(1, 20), prediction(1, 0)], [engine(slots=1)])
+    assert [t.stage_id for t, _ in made.grants] == ["short"]
+
+
+def test_a_run_that_cannot_make_it_goes_later() -> None:
+    """Late demotion: a lost run does not cost a winnable one its deadline, however short it is."""
+    lost = ticket("lost", deadline_at_s=NOW + 0.5)
+    winnable = ticket("winnable", deadline_at_s=NOW + 30)
+    made = decide([lost, winnable], [prediction(1), prediction(5)], [engine(slots=1)])
+    assert [t.stage_id for t, _ in made.grants] == ["winnable"]
+
+
+def test_a_late_run_is_not_starved() -> None:
+    """After the stated bound a late stage goes before everything pushed later."""
+    old = ticket("old", pushed_at_s=NOW - priority.LATE_S - 1, deadline_at_s=NOW - 30)
+    fresh = ticket("fresh", deadline_at_s=NOW + 3)
+    made = decide([fresh, old], [prediction(1), prediction(1)], [engine(slots=1)])
+    assert [t.stage_id for t, _ in made.grants] == ["old"]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 50), st.floats(0, 50), st.floats(-10, 700), st.floats(0, 2000)), min_size=1, max_size=8)
+)
+def test_no_stage_is_passed_by_one_pushed_later_than_the_bound(rows: list[tuple[float, float, float, float]]) -> None:
+    """The starvation bound holds for any predictions and deadlines."""
+    for service, remaining, deadline, age in rows:
+        t = ticket("s", pushed_at_s=NOW - age, deadline_at_s=NOW + deadline)
+        bound = max(priority.LATE_S, priority.STRETCH * (service + remaining) + priority.SLACK_SHARE * priority.MAX_SLACK_S)
+        assert priority.ours(t, prediction(service, remaining), NOW) <= t.pushed_at_s + bound + 1e-6
+
+
+@pytest.mark.parametrize("order", sorted(ORDERS))
+def test_every_order_is_a_finite_moment_and_grants_while_there_is_room(order: str) -> None:
+    """No order leaves a free slot unused while a stage that fits waits."""
+    tickets = [ticket(f"s{i}", deadline_at_s=d) for i, d in enumerate((math.inf, NOW + 5, NOW - 5))]
+    made = decide(tickets, [prediction()] * 3, [engine(slots=3)], order)
+    assert len(made.grants) == 3
+    assert all(math.isfinite(m) for moments in made.moments.values() for m in moments.values())
+
+
+def test_fcfs_is_the_order_of_the_pushes() -> None:
+    """The baseline looks at nothing else."""
+    first = ticket("first", pushed_at_s=NOW - 2, due_at_s=NOW - 2)
+    made = decide([ticket("second"), first], [prediction(0.1), prediction(99)], [engine(slots=1)], "fcfs")
+    assert [t.stage_id for t, _ in made.grants] == ["first"]
+
+
+def test_a_stage_goes_where_it_will_be_answered_soonest_and_the_reasons_add_up() -> None:
+    """The faster engine wins; the grant carries its predicted seconds by part."""
+    slow, fast = engine("slow", decode_s_per_token=0.04), engine("fast", decode_s_per_token=0.01)
+    ((_, grant),) = decide([ticket("s")], [prediction()], [slow, fast]).grants
+    assert grant.engine_id == "fast"
+    assert grant.because["decode_s"] == pytest.approx(50 * 0.01)
+    assert sum(grant.because.values()) == pytest.approx(50 * 0.01 + 100 * 0.0005)
+
+
+def test_stages_spread_over_equal_engines() -> None:
+    """Each grant of a plan counts for the next one."""
+    made = decide([ticket(f"s{i}") for i in range(4)], [prediction()] * 4, [engine("a"), engine("b")])
+    assert sorted(g.engine_id for _, g in made.grants) == ["a", "a", "b", "b"]
+
+
+def test_admission_keeps_to_slots_and_kv_bytes() -> None:
+    """Neither is exceeded by a plan, whatever waits."""
+    places = [engine("a", slots=8, kv_bytes=400, kv_bytes_per_token=1), engine("b", slots=1)]
+    made = decide([ticket(f"s{i}") for i in range(9)], [prediction()] * 9, places)
+    used = [g for _, g in made.grants if g.engine_id == "a"]
+    assert sum(g.kv_bytes for g in used) <= 400
+    assert len(used) == 2
+    assert len(made.grants) == 3
+
+
+def test_a_large_stage_is_not_starved_of_memory_by_small_ones() -> None:
+    """Having waited long enough, it keeps what becomes free from being taken by those behind it."""
+    big = ticket("big", prompt_tokens=900, pushed_at_s=NOW - 60, due_at_s=NOW - 60)
+    place = engine("a", slots=8, kv_bytes=1000, kv_bytes_per_token=1, reserved_slots=1, reserved_kv_bytes=300)
+    assert not decide([big, ticket("small")], [prediction(), prediction()], [place]).grants
+
+
+def test_what_could_never_fit_is_refused_at_once() -> None:
+    """A stage larger than every engine is told so, rather than left to wait for ever."""
+    made = decide([ticket("s", prompt_tokens=5000)], [prediction()], [engine(kv_bytes=1000, kv_bytes_per_token=1)])
+    assert [(t.stage_id, r.reason) for t, r in made.refusals] == [("s", "no engine fits")]
+
+
+def test_refused_early_only_who_asked_for_it() -> None:
+    """A deadline that cannot be met is refused, with a time to come back, where the caller chose that; else served late."""
+    late = {"deadline_at_s": NOW + 0.1}
+    made = decide([ticket("told", refuse_late=True, **late), ticket("served", **late)], [prediction(2)] * 2, [engine()])
+    assert [(t.stage_id, r.reason) for t, r in made.refusals] == [("told", "deadline")]
+    assert made.refusals[0][1].retry_after_s >= 0.5
+    assert [t.stage_id for t, _ in made.grants] == ["served"]
+
+
+def test_pinned_excluded_and_dead_engines() -> None:
+    """State stays where it is; an engine that failed the stage is avoided while another lives; the dead get nothing."""
+    a, b, dead = engine("a"), engine("b"), engine("dead", healthy=False)
+    places = {
+        "pinned": decide([ticket("s", pinned_engine="b")], [prediction()], [a, b]).grants,
+        "excluded": decide([ticket("s", excluded_engines=("a",))], [prediction()], [a, b]).grants,
+        "all failed": decide([ticket("s", excluded_engines=("a", "b"))], [prediction()], [a, b]).grants,
+        "dead": decide([ticket("s")], [prediction()], [dead]).grants,
+    }
+    assert {k: [g.engine_id for _, g in v] for k, v in places.items()} == {
+        "pinned": ["b"], "excluded": ["b"], "all failed": ["a"], "dead": [],
+    }  # fmt: skip
+
+
+def test_a_nested_stage_needs_no_room() -> None:
+    """Its parent holds the slot that it would wait for."""
+    made = decide([ticket("child", nested=True)], [prediction()], [engine(slots=1, reserved_slots=1)])
+    assert [t.stage_id for t, _ in made.grants] == ["child"]
+
+
+def test_interactive_and_batch_share_by_slack() -> None:
+    """At equal remaining work the run with less time goes first; a batch run that waited long enough goes before it."""
+    batch = {"service_class": ServiceClass.BATCH, "deadline_at_s": NOW + 600}
+    urgent = ticket("urgent", deadline_at_s=NOW + 10)
+    assert decide([ticket("batch", **batch), urgent], [prediction()] * 2, [engine(slots=1)]).grants[0][0].stage_id == "urgent"
+    old = ticket("batch", **{**batch, "pushed_at_s": NOW - 90})
+    assert decide([old, urgent], [prediction()] * 2, [engine(slots=1)]).grants[0][0].stage_id == "batch"

@@ -1,0 +1,519 @@
+"""The emulator against a real vLLM: the same requests, the same protocol. ``pytest -m vllm tests/test_vllm_contract.py``
+
+Needs ``MAESTRO_VLLM=/path/bin/vllm`` (``serving/vllm_cpu/setup.sh DIR`` makes one for CPUs) and, if you have one,
+``MAESTRO_VLLM_MODEL=/path/to/tiny``; without it the tiny model is made by the same environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from maestro_agents.core import EngineSpec
+from maestro_agents.simulator.engine import CPU_TINY
+from maestro_serving.emulator import EmulatedModel, Emulator, EmulatorConfig
+from maestro_serving.processes import EngineProcess, free_port
+from maestro_serving.vllm import SCRAPED, VllmProbe, vllm_command
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+MAX_QUEUED = 12
+MODEL_LEN = 4096
+LONG = 4000
+"""Tokens that keep an engine busy for some seconds."""
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"q": {"enum": ["a", "b"]}},
+            "required": ["q"],
+            "additionalProperties": False,
+        },
+    },
+}
+NAMED = {"type": "function", "function": {"name": "look"}}
+LABEL = {
+    "type": "object",
+    "properties": {"label": {"enum": ["x", "y"]}},
+    "required": ["label"],
+    "additionalProperties": False,
+}
+# Noise hardly ever says "end of text"; told to prefer it, it ends as soon as a grammar or min_tokens lets it.
+ENDS = {"logit_bias": "end of text"}
+# Ends by itself, in both: noise never says "end of text", so it is told to after three tokens.
+STOPS = {
+    "messages": [{"role": "user", "content": "[[tokens=3]]"}],
+    "min_tokens": 3,
+    "max_tokens": 30,
+    **ENDS,
+}
+
+
+@pytest.fixture(scope="module")
+def vllm():
+    """The ``vllm`` program."""
+    program = shutil.which(os.environ.get("MAESTRO_VLLM") or "vllm")
+    if program is None:
+        pytest.skip("no vLLM: set MAESTRO_VLLM=/path/bin/vllm (serving/vllm_cpu/setup.sh DIR makes one for CPUs)")
+    return program
+
+
+@pytest.fixture(scope="module")
+def model_path(vllm, tmp_path_factory):
+    """The tiny model."""
+    if given := os.environ.get("MAESTRO_VLLM_MODEL"):
+        return given
+    out = tmp_path_factory.mktemp("tiny")
+    script = Path(__file__).parents[1] / "serving" / "vllm_cpu" / "tiny_model.py"
+    subprocess.run([Path(vllm).parent / "python", script, out], check=True, capture_output=True)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def real(vllm, model_path, tmp_path_factory):
+    """A real engine that serves one request at a time, started by our own launcher."""
+    port = free_port()
+    command = vllm_command(
+        program=vllm,
+        model=model_path,
+        served_model="tiny",
+        port=port,
+        max_num_seqs=1,
+        max_model_len=MODEL_LEN,
+        kv_cache_memory_bytes=64 << 20,
+        max_num_queued=MAX_QUEUED,
+        cpu_core=(os.cpu_count() or 1) - 1,
+        args=(
+            *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+            # Noise would fill every gap of a grammar with blanks until its tokens are spent.
+            *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+        ),
+    )
+    log = tmp_path_factory.mktemp("vllm") / "engine.log"
+    process = EngineProcess("real", command, url=f"http://127.0.0.1:{port}/v1", log=log)
+    asyncio.run(process.start())
+    yield process
+    asyncio.run(process.stop())
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Clients of the real engine and of the emulator, and the token that ends a text in the real one."""
+
+    clients: tuple[httpx.Client, httpx.Client]
+    end_token: int
+
+
+@pytest.fixture(scope="module")
+def pair(real, model_path):
+    """Clients of the real engine and of the emulator."""
+    profile = dataclasses.replace(CPU_TINY, max_num_seqs=1, max_queued=MAX_QUEUED, max_model_len=MODEL_LEN)
+    with Emulator(EmulatorConfig(models=(EmulatedModel(name="tiny", profile=profile),))) as emulator:
+        urls = [url.removesuffix("/v1") for url in (real.url, emulator.url)]
+        with httpx.Client(base_url=urls[0], timeout=60, trust_env=False) as a:
+            with httpx.Client(base_url=urls[1], timeout=60, trust_env=False) as b:
+                end_token = json.loads((Path(model_path) / "config.json").read_text())["eos_token_id"]
+                yield Pair(clients=(a, b), end_token=end_token)
+
+
+def body(path="/v1/chat/completions", **changes):
+    """A small request; ``...`` takes a field out."""
+    if path.endswith("responses"):
+        base = {"model": "tiny", "input": "hello world", "max_output_tokens": 5}
+    elif path.endswith("chat/completions"):
+        base = {"model": "tiny", "messages": [{"role": "user", "content": "hello world"}], "max_tokens": 5}
+    else:
+        base = {"model": "tiny", "prompt": "hello world", "max_tokens": 5}
+    return {k: v for k, v in {**base, **changes}.items() if v is not ...}
+
+
+def kind(value):
+    """The JSON kind of a value."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float)):
+        return "number"
+    return {str: "string", list: "list", dict: "object", type(None): "null"}[type(value)]
+
+
+NOT_EMULATED = {
+    "created_cache_tokens",
+    "cache_write_tokens",
+    "input_tokens_per_turn",
+    "cached_tokens_per_turn",
+    "tool_output_tokens",
+    "output_tokens_per_turn",
+    "tool_output_tokens_per_turn",
+    "presence_penalty",
+    "frequency_penalty",
+    "permission",
+    "strict",
+}
+"""Fields to which vLLM gives a value and of which no client makes use."""
+
+
+def differences(real, emulated, where="$"):
+    """How two JSON values differ in shape: invented fields, fields of another type, missing fields that have a value."""
+    if real is None or emulated is None:
+        return []
+    if kind(real) != kind(emulated):
+        return [f"{where}: {kind(real)} in vLLM, {kind(emulated)} here"]
+    found: list[str] = []
+    if isinstance(real, dict):
+        found += [f"{where}.{key}: not in vLLM" for key in emulated.keys() - real.keys()]
+        missing = {k for k, v in real.items() if v is not None} - emulated.keys() - NOT_EMULATED
+        found += [f"{where}.{key}: missing here" for key in missing]
+        for key in (real.keys() & emulated.keys()) - NOT_EMULATED:
+            found += differences(real[key], emulated[key], f"{where}.{key}")
+    if isinstance(real, list) and real and emulated:
+        found += differences(real[0], emulated[0], f"{where}[0]")
+    return found
+
+
+def ask(pair, path, content):
+    """Both answers."""
+    if content.get("logit_bias") == ENDS["logit_bias"]:
+        content = {**content, "logit_bias": {str(pair.end_token): 100}}
+    return [client.post(path, json=content) for client in pair.clients]
+
+
+ANSWERS = {
+    "chat": ("/v1/chat/completions", {}),
+    "chat, ends by itself": ("/v1/chat/completions", STOPS),
+    "chat, n": ("/v1/chat/completions", {"n": 2}),
+    "chat, ids": ("/v1/chat/completions", {"request_id": "mine"}),
+    "chat, no model": ("/v1/chat/completions", {"model": ...}),
+    "chat, both limits": ("/v1/chat/completions", {"max_tokens": 9, "max_completion_tokens": 3, "ignore_eos": True}),
+    "chat, limit beyond the context left": (
+        "/v1/chat/completions",
+        {"max_tokens": MODEL_LEN, **{k: v for k, v in STOPS.items() if k != "max_tokens"}},
+    ),
+    "chat, unknown field": ("/v1/chat/completions", {"no_such_field": 1}),
+    "chat, whole float as priority": ("/v1/chat/completions", {"priority": 2.0}),
+    "chat, text as priority": ("/v1/chat/completions", {"priority": "3"}),
+    "chat, tools unused": ("/v1/chat/completions", {"tools": [LOOK]}),
+    "chat, tool required": (
+        "/v1/chat/completions",
+        {"tools": [LOOK], "tool_choice": "required", "max_tokens": 3000, **ENDS},
+    ),
+    "chat, tool named": ("/v1/chat/completions", {"tools": [LOOK], "tool_choice": NAMED, "max_tokens": 3000, **ENDS}),
+    "chat, schema": (
+        "/v1/chat/completions",
+        {
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LABEL}},
+            "max_tokens": 200,
+            **ENDS,
+        },
+    ),
+    "completion": ("/v1/completions", {}),
+    "completion, default limit": ("/v1/completions", {"max_tokens": ...}),
+    "completion, prompts": ("/v1/completions", {"prompt": ["a", "b"]}),
+    "completion, token ids": ("/v1/completions", {"prompt": [5, 6, 7]}),
+    "responses": ("/v1/responses", {}),
+    "responses, messages": (
+        "/v1/responses",
+        {"input": [{"role": "user", "content": "hi"}], "instructions": "be brief"},
+    ),
+    "responses, tool": (
+        "/v1/responses",
+        {
+            "tools": [{"type": "function", **LOOK["function"]}],
+            "tool_choice": "required",
+            "max_output_tokens": 3000,
+            **ENDS,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_have_the_same_shape(pair, name):
+    """Status, fields, types, finish reasons and the number of choices are the same."""
+    path, changes = ANSWERS[name]
+    real, emulated = ask(pair, path, body(path, **changes))
+    assert (real.status_code, emulated.status_code) == (200, 200), real.text
+    a, b = real.json(), emulated.json()
+    assert differences(a, b) == []
+    assert [c["finish_reason"] for c in a.get("choices", [])] == [c["finish_reason"] for c in b.get("choices", [])]
+    assert [o["type"] for o in a.get("output", [])][:1] == [o["type"] for o in b.get("output", [])][:1]
+    assert a["id"].split("-")[0].split("_")[0] == b["id"].split("-")[0].split("_")[0]
+    if "request_id" in changes:
+        assert a["id"] == b["id"]
+    if "schema" in name:
+        assert all(json.loads(r["choices"][0]["message"]["content"])["label"] in ("x", "y") for r in (a, b))
+    if "tool required" in name or "tool named" in name:
+        for answer in (a, b):
+            (call,) = answer["choices"][0]["message"]["tool_calls"]
+            assert json.loads(call["function"]["arguments"])["q"] in ("a", "b")
+
+
+def events(text):
+    """The stream as its JSON objects, after a check of its framing."""
+    lines = [line for line in text.splitlines() if line]
+    assert text.endswith("data: [DONE]\n\n") or '"type":"response.completed"' in lines[-1].replace(" ", "")
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
+def event_kind(event):
+    """What an event of a stream is, without its content."""
+    if "type" in event:
+        return event["type"]
+    if not event["choices"]:
+        return "usage" + (" +metrics" if "metrics" in event else "")
+    (choice,) = event["choices"]
+    said = "text" if choice.get("text") is not None else ""
+    if "delta" in choice:
+        delta = choice["delta"]
+        calls = delta.get("tool_calls") or []
+        said = ",".join(sorted(k for k, v in delta.items() if v is not None))
+        said += "".join(f"({','.join(sorted(c['function']))}{' id' if 'id' in c else ''})" for c in calls)
+    done = choice.get("finish_reason")
+    return said + (f" finish:{done}" if done else "") + (" +usage" if "usage" in event else "")
+
+
+def kinds(stream):
+    """Kinds of events in order, repetitions told once: how tokens are cut into chunks is a matter of timing."""
+    found = [event_kind(e) for e in stream]
+    return [k for i, k in enumerate(found) if i == 0 or found[i - 1] != k]
+
+
+USAGE = {"stream_options": {"include_usage": True}}
+STREAMS = {
+    "chat": ("/v1/chat/completions", {"ignore_eos": True}),
+    "chat, usage": ("/v1/chat/completions", {"ignore_eos": True, **USAGE}),
+    "chat, usage not wanted": (
+        "/v1/chat/completions",
+        {"ignore_eos": True, "stream_options": {"include_usage": False}},
+    ),
+    "chat, usage in every chunk": (
+        "/v1/chat/completions",
+        {"ignore_eos": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    ),
+    "chat, ends by itself": ("/v1/chat/completions", {**STOPS, **USAGE}),
+    "chat, tool required": (
+        "/v1/chat/completions",
+        {"tools": [LOOK], "tool_choice": "required", "max_tokens": 3000, **ENDS, **USAGE},
+    ),
+    "chat, tool named": (
+        "/v1/chat/completions",
+        {"tools": [LOOK], "tool_choice": NAMED, "max_tokens": 3000, **ENDS, **USAGE},
+    ),
+    "completion": ("/v1/completions", {"ignore_eos": True}),
+    "completion, usage": ("/v1/completions", {"ignore_eos": True, **USAGE}),
+    "responses": ("/v1/responses", {}),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_streams_have_the_same_shape(pair, name):
+    """The sequence of kinds of events, the usage chunk, the end, and each event's fields are the same."""
+    path, changes = STREAMS[name]
+    real, emulated = ask(pair, path, body(path, stream=True, **changes))
+    assert real.headers["content-type"] == emulated.headers["content-type"]
+    a, b = events(real.text), events(emulated.text)
+    assert kinds(a) == kinds(b)
+    by_kind = {event_kind(e): e for e in a}
+    for event in b:
+        assert differences(by_kind[event_kind(event)], event) == []
+
+
+ERRORS = {
+    "unknown model": ("/v1/chat/completions", {"model": "nope"}),
+    "fractional priority": ("/v1/chat/completions", {"priority": 1.5}),
+    "priority beyond 64 bits": ("/v1/chat/completions", {"priority": 2**63}),
+    "priority null": ("/v1/chat/completions", {"priority": None}),
+    "prompt too long": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello " * MODEL_LEN}]}),
+    "limit beyond the context": ("/v1/chat/completions", {"max_tokens": MODEL_LEN + 1}),
+    "min above max": ("/v1/chat/completions", {"min_tokens": 9}),
+    "max zero": ("/v1/chat/completions", {"max_tokens": 0}),
+    "max negative": ("/v1/chat/completions", {"max_tokens": -1}),
+    "n zero": ("/v1/chat/completions", {"n": 0}),
+    "negative temperature": ("/v1/chat/completions", {"temperature": -1}),
+    "messages no list": ("/v1/chat/completions", {"messages": "x"}),
+    "messages missing": ("/v1/chat/completions", {"messages": ...}),
+    "messages empty": ("/v1/chat/completions", {"messages": []}),
+    "stream options without stream": ("/v1/chat/completions", USAGE),
+    "tools empty": ("/v1/chat/completions", {"tools": []}),
+    "tool choice without tools": ("/v1/chat/completions", {"tool_choice": "required"}),
+    "tool choice unknown": (
+        "/v1/chat/completions",
+        {"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "nope"}}},
+    ),
+    "format unknown": ("/v1/chat/completions", {"response_format": {"type": "weird"}}),
+    "schema missing": ("/v1/chat/completions", {"response_format": {"type": "json_schema"}}),
+    "completion, unknown model": ("/v1/completions", {"model": "nope"}),
+    "completion, no prompt": ("/v1/completions", {"prompt": ...}),
+    "completion, empty prompt": ("/v1/completions", {"prompt": ""}),
+    "completion, prompt too long": ("/v1/completions", {"prompt": "hello " * MODEL_LEN}),
+    "responses, unknown model": ("/v1/responses", {"model": "nope"}),
+    "responses, no input": ("/v1/responses", {"input": ...}),
+    "responses, limit beyond the context": ("/v1/responses", {"max_output_tokens": MODEL_LEN + 1}),
+    "responses, unknown predecessor": ("/v1/responses", {"previous_response_id": "resp_gone"}),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_the_same_but_for_their_words(pair, name):
+    """Status, shape, type, parameter and code; for a stream too, since it has not begun."""
+    path, changes = ERRORS[name]
+    for stream in {} if "stream" in name else ({}, {"stream": True}):
+        real, emulated = ask(pair, path, body(path, **changes, **stream))
+        assert real.status_code == emulated.status_code
+        a, b = real.json()["error"], emulated.json()["error"]
+        assert a.keys() == b.keys()
+        assert {k: v for k, v in a.items() if k != "message"} == {k: v for k, v in b.items() if k != "message"}
+
+
+@pytest.mark.parametrize("content", [b"{oops", b'"text"', b""])
+def test_bodies_that_are_no_objects_are_refused_the_same_way(pair, content):
+    """Broken JSON, JSON of another kind, nothing."""
+    headers = {"content-type": "application/json"}
+    real, emulated = [c.post("/v1/chat/completions", content=content, headers=headers) for c in pair.clients]
+    assert real.status_code == emulated.status_code == 400
+    assert real.json()["error"].keys() == emulated.json()["error"].keys()
+    assert real.json()["error"]["type"] == emulated.json()["error"]["type"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/health"), ("GET", "/version"), ("GET", "/v1/models"), ("GET", "/nope"), ("GET", "/v1/chat/completions")],
+)
+def test_the_servers_own_pages_agree(pair, method, path):
+    """Status and shape of what is asked about the server, and of what is not there."""
+    real, emulated = [c.request(method, path) for c in pair.clients]
+    assert real.status_code == emulated.status_code
+    if real.status_code == 200 and real.content:
+        assert differences(real.json(), emulated.json()) == []
+    if path == "/health":
+        assert real.content == emulated.content == b""
+
+
+def families(page):
+    """Metric types by name, and label names by sample name."""
+    types = dict(line.split()[2:4] for line in page.splitlines() if line.startswith("# TYPE vllm:"))
+    labels: dict[str, set[str]] = {}
+    for line in page.splitlines():
+        if line.startswith("vllm:") and "{" in line:
+            name, rest = line.split("{", 1)
+            labels.setdefault(name, set()).update(part.split("=")[0] for part in rest.split("}")[0].split('",'))
+    return types, labels
+
+
+def test_metrics_have_vllms_names_types_and_labels(pair):
+    """All that is emulated and all that the probe reads exists in a real vLLM."""
+    for client in pair.clients:
+        client.post("/v1/completions", json=body("/v1/completions"))
+    (real_types, real_labels), (types, labels) = [families(c.get("/metrics").text) for c in pair.clients]
+    assert len(types) >= 12
+    assert set(SCRAPED) <= real_types.keys()
+    assert {name: t for name, t in types.items() if real_types.get(name) != t} == {}
+    for name, used in labels.items():
+        extra = used - real_labels[name]
+        assert not extra, f"{name}: {extra}"
+
+
+def gauge(client, name):
+    """One gauge of a server."""
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith(f"vllm:{name}{{"):
+            return float(line.rsplit(" ", 1)[1])
+    raise AssertionError(name)
+
+
+async def reached(client, name, value, limit_s):
+    """Wait until a gauge of the server has a value."""
+    deadline_s = time.monotonic() + limit_s
+    while (now := await asyncio.to_thread(gauge, client, name)) != value:
+        assert time.monotonic() < deadline_s, f"{name} is {now}, not {value}, after {limit_s} s"
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])
+async def test_who_waits_is_served_by_priority_then_arrival(pair, which):
+    """Lower first, ties by arrival, None of it displacing whoever runs; the header wins over the body."""
+    client = pair.clients[which]
+    order: list[int] = []
+    waiting = [(5, {}), (0, {}), (-5, {}), (5, {}), (3, {}), (-2, {}), (0, {}), (9, {"X-Vllm-Priority": "-7"})]
+
+    async def wait_in_line(http, n, priority, headers):
+        content = body("/v1/completions", prompt=f"{n}", priority=priority, max_tokens=4, min_tokens=4, ignore_eos=True)
+        answer = await http.post("/v1/completions", json=content, headers=headers)
+        assert answer.status_code == 200
+        order.append(n)
+
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
+        first = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True, stream=True, priority=100)
+        async with http.stream("POST", "/v1/completions", json=first) as running:
+            lines = running.aiter_lines()  # kept: dropping it would close the stream
+            await anext(lines)
+            async with asyncio.TaskGroup() as group:
+                for n, (priority, headers) in enumerate(waiting):
+                    group.create_task(wait_in_line(http, n, priority, headers))
+                    await reached(client, "num_requests_waiting", n + 1, 5)
+                assert order == []
+                await running.aclose()  # the first is abandoned: now the others have their turn
+    effective = [int(h.get("X-Vllm-Priority", p)) for p, h in waiting]
+    assert order == sorted(range(len(waiting)), key=lambda n: (effective[n], n))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])
+async def test_a_client_that_leaves_frees_the_engine(pair, which, stream):
+    """Two seconds after the disconnect nothing runs or waits any more."""
+    client = pair.clients[which]
+    content = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True, stream=stream)
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
+        tasks = [asyncio.create_task(http.post("/v1/completions", json=content))]
+        await reached(client, "num_requests_running", 1, 5)
+        tasks.append(asyncio.create_task(http.post("/v1/completions", json=content)))
+        await reached(client, "num_requests_waiting", 1, 5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await reached(client, "num_requests_running", 0, 2)
+        await reached(client, "num_requests_waiting", 0, 2)
+
+
+async def test_a_full_queue_refuses_in_the_same_way(pair):
+    """Beyond --max-num-queued-reqs, running ones included, both answer 503 of the same shape, streamed or not."""
+    refusals = []
+    for client in pair.clients:
+        content = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True)
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
+            tasks = [asyncio.create_task(http.post("/v1/completions", json=content)) for _ in range(MAX_QUEUED)]
+            await reached(client, "num_requests_waiting", MAX_QUEUED - 1, 5)
+            got = [await http.post("/v1/chat/completions", json=body(stream=s)) for s in (False, True)]
+            got.append(await http.post("/v1/responses", json=body("/v1/responses")))
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await reached(client, "num_requests_waiting", 0, 2)
+        refusals.append([(r.status_code, {k: v for k, v in r.json()["error"].items() if k != "message"}) for r in got])
+    assert refusals[0] == refusals[1]
+    assert [status for status, _ in refusals[0]] == [503] * 3
+
+
+async def test_the_probe_reads_both(pair):
+    """Health, idleness and KV tokens, from the real page as from the emulated one."""
+    probe = VllmProbe()
+    for client in pair.clients:
+        spec = EngineSpec(engine_id="a", url=f"{client.base_url}/v1", model="tiny")
+        health = await probe.probe(spec)
+        assert (health.healthy, health.running, health.waiting) == (True, 0, 0)
+        assert health.kv_tokens >= MODEL_LEN
+    await probe.close()
