@@ -211,18 +211,20 @@ class StubServer:
             "input_tokens_details": {"cached_tokens": 0},
             "output_tokens_details": {"reasoning_tokens": 0},
         }
-        return JSONResponse({
-            "id": f"resp-{self.port}-{len(self.requests)}",
-            "object": "response",
-            "created_at": 0,
-            "model": seen.body["model"],
-            "status": "completed",
-            "output": [message],
-            "parallel_tool_calls": False,
-            "tool_choice": "auto",
-            "tools": [],
-            "usage": usage,
-        })
+        return JSONResponse(
+            {
+                "id": f"resp-{self.port}-{len(self.requests)}",
+                "object": "response",
+                "created_at": 0,
+                "model": seen.body["model"],
+                "status": "completed",
+                "output": [message],
+                "parallel_tool_calls": False,
+                "tool_choice": "auto",
+                "tools": [],
+                "usage": usage,
+            }
+        )
 
 
 def _answer(body: dict[str, Any]) -> tuple[str | None, list[dict[str, Any]]]:
@@ -280,7 +282,9 @@ def stub_servers(n: int) -> Iterator[list[StubServer]]:
 
 def fleet_toml(urls: dict[str, str], *, slots: int = 4, model: str = "stub", more: str = "") -> str:
     """A fleet file with one engine per id."""
-    engines = [f'[[engine]]\nid = "{i}"\nmodel = "{model}"\nurl = "{url}"\nslots = {slots}\n{more}' for i, url in urls.items()]
+    engines = [
+        f'[[engine]]\nid = "{i}"\nmodel = "{model}"\nurl = "{url}"\nslots = {slots}\n{more}' for i, url in urls.items()
+    ]
     return "\n".join(engines)
 
 

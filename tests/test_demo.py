@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +179,86 @@ def test_the_picture_is_a_png_even_when_a_pass_is_empty(tmp_path, results):
     """A class or pass without a run is left blank, not an error."""
     demo_report.picture(results, DEADLINES_S, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+# -- the whole of it -----------------------------------------------------------------------------------------------------
+def maestro(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """The command as a user starts it, in a session of its own."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MAESTRO_", "OPENAI_"))}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "integrations"), str(ROOT / "serving")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "maestro_agents.cli", *words],
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def customers(tmp_path) -> Path:
+    """Sixty messages of real customers, as a user would hand them over, with one line that is none."""
+    if not CALLS.is_file():
+        pytest.skip(f"the traces are not beside the repository ({CALLS})")
+    texts: list[str] = []
+    with gzip.open(CALLS, "rt", encoding="utf-8") as rows:
+        for row in map(json.loads, rows):
+            said_by_user = row["role"] == "agent" and row["prev_role"] == "user_sim"
+            if row["app"] in CUSTOMER_APPS and said_by_user and row["input_text"].strip():
+                texts.append(row["input_text"])
+    path = tmp_path / "customers.jsonl"
+    lines = [json.dumps({"input_text": t}) for t in texts[:: len(texts) // 60]]
+    path.write_text("\n".join(["{broken", *lines]) + "\n")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_demo_serves_real_customers_twice_and_its_figures_can_be_counted_again(tmp_path, customers):
+    """Every run of both passes ends with an answer, and the events give the same figures as the JSON."""
+    words = ("--runs", "8", "--seed", "7", "--json", "--events", "events.jsonl", "--png", "out.png")
+    with maestro("demo", "--input", str(customers), *words, cwd=tmp_path) as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "1 lines left out, the first: line 1: not JSON" in " ".join(err.split())
+    found = json.loads(out)
+    assert (found["label"], found["runs"], found["messages"]) == ("emulated engine", 8, 8)
+    assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    for policy, classes in found["policies"].items():
+        mine = [e for e in events if e["policy"] == policy]
+        assert len(mine) == sum(c["done"] for c in classes.values()) == 8
+        assert all(len(e["waits_s"]) == 7 for e in mine)
+        for name, c in classes.items():
+            of_class = [e for e in mine if e["service_class"] == name]
+            assert c["met"] == sum(e["took_s"] <= e["deadline_s"] for e in of_class)
+    fcfs, ours = ([e for e in events if e["policy"] == p] for p in ("fcfs", "ours"))
+    assert [e["service_class"] for e in fcfs] == [e["service_class"] for e in ours]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_demo_and_all_it_started(tmp_path):
+    """Exit status 130, one word, no Redis left behind."""
+    with maestro("demo", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        said = ""
+        while "Queue:" not in said:
+            line = process.stdout.readline()
+            assert line, "the demo ended by itself"
+            said += line
+        port = int(said.split("127.0.0.1:")[1].split("/")[0])
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out.strip().endswith("Stopped.")
+    assert "Traceback" not in err
+    with socket.socket() as s:
+        assert s.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_picture_that_has_no_folder_is_told_before_anything_starts(tmp_path):
+    """Nobody waits a minute to learn of a typing error."""
+    with pytest.raises(ConfigError, match="there is no folder"):
+        demo.run(png=tmp_path / "nowhere" / "demo.png")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -18,11 +22,11 @@ from pydantic import BaseModel, Field
 
 from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError, EngineUnavailable
-from maestro_agents.fleet import Launch
+from maestro_agents.fleet import Launch, load_fleet
 from maestro_agents.simulator.engine import CPU_TINY
 from maestro_serving.emulator import EmulatedModel, Emulator, EmulatorConfig
 from maestro_serving.jsonvalues import value_for
-from maestro_serving.processes import EngineProcess, EngineProcesses, engine_command, free_port
+from maestro_serving.processes import EngineProcess, engine_command, free_port
 from maestro_serving.vllm import EngineCommand, VllmProbe, read_metrics, vllm_command
 
 FAST = dataclasses.replace(CPU_TINY, base_s=0.001, decode_s_per_seq=0.0001, prefill_s_per_token=1e-6)
@@ -329,22 +333,21 @@ def test_a_full_queue_answers_503_and_counts_it(http):
 
 def test_timing_is_the_models_own_and_speed_divides_it():
     """40 tokens at 200 tokens/s take 0.2 s, ten times less at ten times the speed; the answer says so itself."""
-    took = []
+    took = {}
     for speed in (1.0, 10.0):
         with (
             Emulator(EmulatorConfig(speed=speed)) as emulator,
             httpx.Client(base_url=emulator.url, trust_env=False) as http,
         ):
-            body = {"model": "tiny", "prompt": "[[tokens=40]]", "max_tokens": 50}
-            http.post("/completions", json=body)  # connection and code are warm
-            since_s = time.monotonic()
-            answer = http.post("/completions", json=body).json()
-            took.append((time.monotonic() - since_s, answer["metrics"]))
-    slow, fast = took
-    assert slow[1]["generation_time_ms"] == pytest.approx(39 * 4.9, rel=0.01)
-    assert fast[1]["generation_time_ms"] == pytest.approx(39 * 0.49, rel=0.01)
-    assert slow[0] >= 0.19
-    assert fast[0] < slow[0] / 2
+            tries = []
+            for _ in range(5):  # the quickest: the machine may be busy
+                since_s = time.monotonic()
+                answer = http.post("/completions", json={"model": "tiny", "prompt": "[[tokens=40]]", "max_tokens": 50})
+                tries.append(time.monotonic() - since_s)
+            took[speed] = min(tries)
+            assert answer.json()["metrics"]["generation_time_ms"] == pytest.approx(39 * 4.9 / speed, rel=0.01)
+    assert took[1.0] >= 0.19
+    assert took[10.0] < took[1.0] - 0.1
 
 
 def test_an_idle_emulator_uses_no_cpu():
@@ -507,28 +510,68 @@ def emulator_process(tmp_path, script=SERVE, **more):
 
 
 async def test_a_killed_engine_is_started_again_at_the_same_address(tmp_path):
-    """After kill -9 the keeper brings it back, says so, and ending the group ends the process."""
+    """After kill -9 the keeper brings it back and says so; stopping it stops it for good."""
     notices: list[str] = []
     process = emulator_process(tmp_path, notice=notices.append)
-    async with EngineProcesses([process]):
+    probe = VllmProbe()
+    await process.start()
+    keeper = asyncio.create_task(process.keep())
+    try:
         first = process.pid
-        process._process.kill()
-        while process.restarts < 1 or not (await VllmProbe().probe(spec(process.url))).healthy:
-            await asyncio.sleep(0.05)
-        assert process.pid != first
+        os.kill(first, signal.SIGKILL)
         while len(notices) < 2:
             await asyncio.sleep(0.02)
+        assert process.pid != first
+        assert process.restarts == 1
+        assert (await probe.probe(spec(process.url))).healthy
+    finally:
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        await process.stop()
     assert not process.alive()
     assert [n.split()[2] for n in notices] == ["ended;", "is"]
-    assert not (await VllmProbe().probe(spec(process.url))).healthy
+    assert not (await probe.probe(spec(process.url))).healthy
+    await probe.close()
+
+
+PARENT = """
+import asyncio, sys, time
+from pathlib import Path
+from maestro_serving.processes import EngineProcess
+from maestro_serving.vllm import EngineCommand
+port, log, script = sys.argv[1:]
+command = EngineCommand(argv=(sys.executable, "-c", script, port))
+engine = EngineProcess("e", command, url=f"http://127.0.0.1:{port}/v1", log=Path(log))
+asyncio.run(engine.start())
+print(engine.pid, flush=True)
+time.sleep(100)
+"""
+
+
+def test_an_engine_ends_when_its_parent_is_killed(tmp_path):
+    """Kill -9 of whoever started it leaves no engine behind."""
+    env = {**os.environ, "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    arguments = [sys.executable, "-c", PARENT, str(free_port()), str(tmp_path / "log"), SERVE]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=env) as parent:
+        engine_pid = int(parent.stdout.readline())
+        os.kill(engine_pid, 0)
+        parent.kill()
+    wait_for(lambda: not alive(engine_pid), limit_s=15)
+
+
+def alive(pid):
+    """There is such a process, and it is more than a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 async def test_an_engine_that_dies_while_starting_shows_the_end_of_its_log(tmp_path):
     """The error says which engine, that it ended, and what it last wrote."""
     process = emulator_process(tmp_path, script="raise SystemExit('no such weights')")
     with pytest.raises(EngineUnavailable, match=r"e1 ended while it started(.|\n)*no such weights"):
-        async with EngineProcesses([process]):
-            pass
+        await process.start()
 
 
 async def test_an_engine_that_never_gets_healthy_is_given_up_and_ended(tmp_path):
@@ -579,3 +622,12 @@ def test_a_cpu_engine_needs_its_kv_bytes_and_no_gpu():
     assert on_gpu.env["CUDA_VISIBLE_DEVICES"] == "3"
     assert "--enforce-eager" not in on_gpu.argv
     assert "--max-num-queued-reqs" in on_gpu.argv
+
+
+@pytest.mark.parametrize("name", ["emulated", "cpu", "adopt"])
+def test_the_example_fleets_are_valid(name):
+    """Each example file is read, and each engine that it launches has a command."""
+    path = Path(__file__).parents[1] / "serving" / "deploy" / f"fleet.{name}.toml"
+    fleet = load_fleet(path)
+    assert len(fleet.engines) == 2
+    assert len(fleet.launches) == (0 if name == "adopt" else 2)

@@ -253,11 +253,50 @@ async def test_the_usage_chunk_that_only_we_asked_for_is_hidden(
         assert o.granted_at_s <= o.first_byte_at_s <= o.finished_at_s
 
 
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n"])
+def test_a_stream_is_the_same_however_its_bytes_are_cut(size: int, end: str) -> None:
+    """Every byte passes in order, but for the usage chunk; half an event at the end passes too."""
+
+    class Nobody:
+        def first_byte(self) -> None: ...
+        def finish(self, usage: Usage, *, ok: bool) -> None: ...
+        def cancel(self) -> None: ...
+
+    words = [f'data: {{"choices": [{{"delta": {{"content": "w{n} é"}}}}]}}{end}' for n in range(5)]
+    usage = f'data: {{"choices": [], "usage": {{"prompt_tokens": 3, "completion_tokens": 5}}}}{end}'
+    rest = [f"data: [DONE]{end}", ": half"]
+    sent = "".join([*words, usage, *rest]).encode()
+    watcher = Watcher(Nobody(), events=True, hide_usage=True, legible=True)
+    got = b"".join(watcher.feed(sent[n : n + size]) for n in range(0, len(sent), size)) + watcher.rest()
+    assert got == "".join([*words, *rest]).encode()
+    assert (watcher.usage.prompt_tokens, watcher.usage.output_tokens) == (3, 5)
+
+
+def test_usage_of_the_responses_api_is_read_from_its_events() -> None:
+    """The last event carries the whole answer: tokens, calls, the id to go on from, and whether it failed."""
+    done: dict[str, Any] = {
+        "object": "response",
+        "id": "resp-1",
+        "output": [{"type": "function_call"}, {"type": "message"}],
+        "usage": {"input_tokens": 4, "output_tokens": 6, "input_tokens_details": {"cached_tokens": 2}},
+    }
+    usage = Usage()
+    usage.absorb({"type": "response.completed", "response": done})
+    assert usage == Usage(prompt_tokens=4, output_tokens=6, cached_tokens=2, tool_calls=1, response_id="resp-1")
+    usage.absorb({"type": "response.failed", "response": done})
+    assert usage.failed
+
+
 @on_module_loop
 async def test_usage_and_metrics_of_whole_answers_are_reported(servers: list[StubServer], tmp_path: Path) -> None:
     """Parsed, raw and unread responses report their tokens, tool calls and the engine's own times."""
     tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    body: dict[str, Any] = {"model": "stub", "messages": [{"role": "user", "content": "[[tool:f {}]]"}], "tools": [tool]}
+    body: dict[str, Any] = {
+        "model": "stub",
+        "messages": [{"role": "user", "content": "[[tool:f {}]]"}],
+        "tools": [tool],
+    }
     with managed(tmp_path, {"a": servers[1].url}):
         maestro.install()
         client, aclient = sync_client(servers[0]), async_client(servers[0])
@@ -477,9 +516,7 @@ async def test_a_call_cancelled_while_it_waits_is_never_sent(servers: list[StubS
 
 @on_module_loop
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_call_cancelled_at_the_engine_frees_it(
-    servers: list[StubServer], tmp_path: Path, stream: bool
-) -> None:
+async def test_a_call_cancelled_at_the_engine_frees_it(servers: list[StubServer], tmp_path: Path, stream: bool) -> None:
     """The engine sees the caller leave and the grant comes back."""
     with managed(tmp_path, {"a": servers[1].url}, slots=1):
         maestro.install()
@@ -496,6 +533,23 @@ async def test_a_call_cancelled_at_the_engine_frees_it(
             await task
         await servers[1].wait_async(lambda s: s.requests[0].gone)
         await until(lambda: held() == 0)
+
+
+@on_module_loop
+async def test_a_synchronous_call_on_a_busy_loop_does_not_lock_it(
+    servers: list[StubServer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the only slot held by a call of the same loop it is served at once, and one line says how to do better."""
+    with managed(tmp_path, {"a": servers[1].url}, slots=1, max_wait_s=5):
+        maestro.install()
+        stream = await ask_async(async_client(servers[0]), "[[hold]]", stream=True)
+        await anext(stream)
+        for _ in range(2):
+            assert ask(sync_client(servers[0]), "blocking").choices[0].message.content == "echo 1 of blocking"
+        servers[1].release()
+        async for _ in stream:
+            pass
+    assert caplog.text.count("use ainvoke") == 1
 
 
 # -- bugs of ours ------------------------------------------------------------------------------------------------------

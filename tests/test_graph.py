@@ -143,6 +143,7 @@ def test_nodes_that_no_edge_shows_are_still_there() -> None:
 
 def test_a_model_is_found_wherever_it_hangs() -> None:
     """In a sequence, a partial, a method's object, a global, a closure in a closure."""
+
     class Agent:
         def __init__(self) -> None:
             self.model = MODEL

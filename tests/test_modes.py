@@ -118,7 +118,9 @@ class Programs:
         graph.add_node("worker", worker)
         graph.add_node("join", join)
         graph.add_edge(START, "plan")
-        graph.add_conditional_edges("plan", lambda _: [Send("worker", {"q": f"part {n}"}) for n in range(5)], ["worker"])
+        graph.add_conditional_edges(
+            "plan", lambda _: [Send("worker", {"q": f"part {n}"}) for n in range(5)], ["worker"]
+        )
         graph.add_edge("worker", "join")
         return graph
 

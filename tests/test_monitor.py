@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import math
+import os
+import signal
 from io import StringIO
 
 import pytest
@@ -13,7 +16,9 @@ from rich.console import Console
 from maestro_agents.cli import monitor
 from maestro_agents.core import EngineSpec, Grant, Observation, RunEnd, ServiceClass, Status, Ticket
 from maestro_agents.errors import ConfigError, QueueUnavailable
+from maestro_agents.queue.embedded import EmbeddedRedis
 from maestro_agents.queue.memory import MemoryQueue
+from maestro_agents.queue.redis import RedisQueue
 
 ENGINES = tuple(
     EngineSpec(engine_id=f"engine-{i}", url=f"http://127.0.0.1:{i}/v1", model="m", slots=2, kv_bytes=2**30)
@@ -219,7 +224,21 @@ async def test_ls_names_running_stages_first_and_waiting_ones_as_they_are_due():
     ]
     out = StringIO()
     Console(file=out, width=120).print(monitor.entries_table(held, now_s=100.0))
-    assert "engine-0" in out.getvalue()
+    assert "runs on engine-0" in out.getvalue()
+
+
+async def test_the_beginning_of_an_id_names_a_stage_unless_it_names_several():
+    """What the screen shows of an id can be typed; what is ambiguous is refused."""
+    queue = await busy_queue()
+    await queue.push(ticket("waits~1"), engines=ENGINES, now_s=90.0)
+    await queue.push(ticket("waits~2"), engines=ENGINES, now_s=90.0)
+    held = await monitor.entries(queue)
+    for typed, stage_id in (("nob", "nobody"), ("waits", "waits"), ("waits~2", "waits~2")):
+        entry = monitor.named(held, typed)
+        assert entry is not None
+        assert entry.ticket.stage_id == stage_id
+    with pytest.raises(ConfigError, match="2 stages begin with 'waits~'"):
+        monitor.named(held, "waits~")
 
 
 async def test_show_finds_a_stage_that_waits_that_runs_and_that_has_ended():
@@ -242,7 +261,7 @@ async def test_cancel_refuses_a_waiting_stage_and_tells_its_caller():
     """It is gone from the queue, and the client's inbox says so: it need not find out by waiting."""
     queue = await busy_queue()
     await queue.verdicts("c", 0.0)
-    await monitor.cancel(queue, "waits", now_s=100.0)
+    assert await monitor.cancel(queue, "wai", now_s=100.0) == "waits"
     assert queue.status("waits") is Status.REFUSED
     assert [v.stage_id for v in await queue.verdicts("c", 0.0)] == ["waits"]
 
@@ -267,3 +286,21 @@ def test_percentile_is_the_nearest_rank():
     assert monitor.percentile(range(1, 21), 0.95) == 19
     assert monitor.percentile((7.0,), 0.5) == 7.0
     assert math.isnan(monitor.percentile((), 0.5))
+
+
+async def test_top_outlives_a_redis_that_is_killed_and_started_again():
+    """The same watch, over real Redis: trouble is shown while it is away, and gone when it is back."""
+    with EmbeddedRedis() as redis:
+        if redis.url is None or redis.pid is None:
+            pytest.skip("no Redis server is here to start")
+        queue = RedisQueue(redis.url)
+        try:
+            watch = monitor.Watch(queue, source="here")
+            assert (await watch.snapshot()).trouble == ""
+            os.kill(redis.pid, signal.SIGKILL)
+            while not (await watch.snapshot()).trouble:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(redis.restart)
+            assert (await watch.snapshot()).trouble == ""
+        finally:
+            await queue.close()

@@ -54,7 +54,7 @@ def test_a_run_that_cannot_make_it_goes_later() -> None:
 
 def test_a_late_run_is_not_starved() -> None:
     """After the stated bound a late stage goes before everything pushed later."""
-    old = ticket("old", pushed_at_s=NOW - priority.LATE_S - 1, deadline_at_s=NOW - 30)
+    old = ticket("old", pushed_at_s=NOW - max(priority.LATE_S.values()) - 1, deadline_at_s=NOW - 30)
     fresh = ticket("fresh", deadline_at_s=NOW + 3)
     made = decide([fresh, old], [prediction(1), prediction(1)], [engine(slots=1)])
     assert [t.stage_id for t, _ in made.grants] == ["old"]
@@ -67,7 +67,7 @@ def test_no_stage_is_passed_by_one_pushed_later_than_the_bound(rows: list[tuple[
     """The starvation bound holds for any predictions and deadlines."""
     for service, remaining, deadline, age in rows:
         t = ticket("s", pushed_at_s=NOW - age, deadline_at_s=NOW + deadline)
-        bound = max(priority.LATE_S, priority.STRETCH * (service + remaining) + priority.SLACK_SHARE * priority.MAX_SLACK_S)
+        bound = max(*priority.LATE_S.values(), priority.STRETCH * (service + remaining) + priority.SLACK_SHARE * priority.MAX_SLACK_S)
         assert priority.ours(t, prediction(service, remaining), NOW) <= t.pushed_at_s + bound + 1e-6
 
 

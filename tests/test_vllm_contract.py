@@ -28,8 +28,8 @@ from maestro_serving.vllm import SCRAPED, VllmProbe, vllm_command
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 MAX_QUEUED = 12
-MODEL_LEN = 4096
-LONG = 4000
+MODEL_LEN = 2048
+LONG = 1500
 """Tokens that keep an engine busy for some seconds."""
 LOOK = {
     "type": "function",
@@ -45,6 +45,7 @@ LOOK = {
     },
 }
 NAMED = {"type": "function", "function": {"name": "look"}}
+ONE_CALL = {"parallel_tool_calls": False}
 LABEL = {
     "type": "object",
     "properties": {"label": {"enum": ["x", "y"]}},
@@ -93,10 +94,14 @@ def real(vllm, model_path, tmp_path_factory):
         port=port,
         max_num_seqs=1,
         max_model_len=MODEL_LEN,
-        kv_cache_memory_bytes=64 << 20,
+        kv_cache_memory_bytes=256 << 20,
         max_num_queued=MAX_QUEUED,
         cpu_core=(os.cpu_count() or 1) - 1,
         args=(
+            # Ten times the layers: the two-layer model makes tokens faster than a busy API server tells them, which then
+            # has no time left for anybody else.
+            *("--hf-overrides", '{"num_hidden_layers": 20}', "--load-format", "dummy"),
+            "--enable-server-load-tracking",
             *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
             # Noise would fill every gap of a grammar with blanks until its tokens are spent.
             *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
@@ -209,9 +214,9 @@ ANSWERS = {
     "chat, tools unused": ("/v1/chat/completions", {"tools": [LOOK]}),
     "chat, tool required": (
         "/v1/chat/completions",
-        {"tools": [LOOK], "tool_choice": "required", "max_tokens": 3000, **ENDS},
+        {"tools": [LOOK], "tool_choice": "required", **ONE_CALL, "max_tokens": 1500, **ENDS},
     ),
-    "chat, tool named": ("/v1/chat/completions", {"tools": [LOOK], "tool_choice": NAMED, "max_tokens": 3000, **ENDS}),
+    "chat, tool named": ("/v1/chat/completions", {"tools": [LOOK], "tool_choice": NAMED, "max_tokens": 1500, **ENDS}),
     "chat, schema": (
         "/v1/chat/completions",
         {
@@ -234,7 +239,7 @@ ANSWERS = {
         {
             "tools": [{"type": "function", **LOOK["function"]}],
             "tool_choice": "required",
-            "max_output_tokens": 3000,
+            "max_output_tokens": 1500,
             **ENDS,
         },
     ),
@@ -307,11 +312,11 @@ STREAMS = {
     "chat, ends by itself": ("/v1/chat/completions", {**STOPS, **USAGE}),
     "chat, tool required": (
         "/v1/chat/completions",
-        {"tools": [LOOK], "tool_choice": "required", "max_tokens": 3000, **ENDS, **USAGE},
+        {"tools": [LOOK], "tool_choice": "required", **ONE_CALL, "max_tokens": 1500, **ENDS, **USAGE},
     ),
     "chat, tool named": (
         "/v1/chat/completions",
-        {"tools": [LOOK], "tool_choice": NAMED, "max_tokens": 3000, **ENDS, **USAGE},
+        {"tools": [LOOK], "tool_choice": NAMED, "max_tokens": 1500, **ENDS, **USAGE},
     ),
     "completion": ("/v1/completions", {"ignore_eos": True}),
     "completion, usage": ("/v1/completions", {"ignore_eos": True, **USAGE}),
@@ -435,12 +440,25 @@ def gauge(client, name):
     raise AssertionError(name)
 
 
-async def reached(client, name, value, limit_s):
-    """Wait until a gauge of the server has a value."""
+def in_flight(client):
+    """Requests that a server has taken and not answered. vLLM's metrics page costs it too much to be asked for often."""
+    load = client.get("/load")
+    if load.status_code == 200:
+        return load.json()["server_load"]
+    return gauge(client, "num_requests_running") + gauge(client, "num_requests_waiting")
+
+
+async def reached(look, value, limit_s=10.0):
+    """Wait until a server says a number."""
     deadline_s = time.monotonic() + limit_s
-    while (now := await asyncio.to_thread(gauge, client, name)) != value:
-        assert time.monotonic() < deadline_s, f"{name} is {now}, not {value}, after {limit_s} s"
-        await asyncio.sleep(0.05)
+    while (now := await asyncio.to_thread(look)) != value:
+        assert time.monotonic() < deadline_s, f"{now}, not {value}, after {limit_s} s"
+        await asyncio.sleep(0.02)
+
+
+async def idle(client):
+    """Wait until nothing runs or waits in the engine, for at most two seconds."""
+    await reached(lambda: gauge(client, "num_requests_running") + gauge(client, "num_requests_waiting"), 0, 2)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])
@@ -457,36 +475,46 @@ async def test_who_waits_is_served_by_priority_then_arrival(pair, which):
         order.append(n)
 
     async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
-        first = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True, stream=True, priority=100)
-        async with http.stream("POST", "/v1/completions", json=first) as running:
-            lines = running.aiter_lines()  # kept: dropping it would close the stream
-            await anext(lines)
-            async with asyncio.TaskGroup() as group:
-                for n, (priority, headers) in enumerate(waiting):
-                    group.create_task(wait_in_line(http, n, priority, headers))
-                    await reached(client, "num_requests_waiting", n + 1, 5)
-                assert order == []
-                await running.aclose()  # the first is abandoned: now the others have their turn
+        first = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True, priority=100)
+        running = asyncio.create_task(http.post("/v1/completions", json=first))
+        await reached(lambda: in_flight(client), 1)
+        async with asyncio.TaskGroup() as group:
+            for n, (priority, headers) in enumerate(waiting):
+                group.create_task(wait_in_line(http, n, priority, headers))
+                await reached(lambda n=n: in_flight(client), n + 2)
+            assert order == []
+            running.cancel()  # the first is abandoned: now the others have their turn
     effective = [int(h.get("X-Vllm-Priority", p)) for p, h in waiting]
     assert order == sorted(range(len(waiting)), key=lambda n: (effective[n], n))
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])
-async def test_a_client_that_leaves_frees_the_engine(pair, which, stream):
-    """Two seconds after the disconnect nothing runs or waits any more."""
+async def test_clients_that_leave_free_the_engine(pair, which):
+    """Two seconds after the disconnect neither the one that ran is running nor the one that waited is waiting."""
     client = pair.clients[which]
-    content = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True, stream=stream)
+    content = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True)
     async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
-        tasks = [asyncio.create_task(http.post("/v1/completions", json=content))]
-        await reached(client, "num_requests_running", 1, 5)
-        tasks.append(asyncio.create_task(http.post("/v1/completions", json=content)))
-        await reached(client, "num_requests_waiting", 1, 5)
+        tasks = [asyncio.create_task(http.post("/v1/completions", json=content)) for _ in range(2)]
+        await reached(lambda: gauge(client, "num_requests_waiting"), 1)
+        assert gauge(client, "num_requests_running") == 1
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await reached(client, "num_requests_running", 0, 2)
-        await reached(client, "num_requests_waiting", 0, 2)
+        await idle(client)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])
+async def test_a_stream_that_is_closed_frees_the_engine(pair, which):
+    """Two seconds after the reader left in the middle, nothing runs: thousands of tokens were still to come."""
+    client = pair.clients[which]
+    content = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True, stream=True)
+    generated = await asyncio.to_thread(gauge, client, "generation_tokens_total")
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
+        async with http.stream("POST", "/v1/completions", json=content) as running:
+            lines = running.aiter_lines()
+            await anext(lines)
+    await idle(client)
+    assert await asyncio.to_thread(gauge, client, "generation_tokens_total") < generated + LONG
 
 
 async def test_a_full_queue_refuses_in_the_same_way(pair):
@@ -496,13 +524,13 @@ async def test_a_full_queue_refuses_in_the_same_way(pair):
         content = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True)
         async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
             tasks = [asyncio.create_task(http.post("/v1/completions", json=content)) for _ in range(MAX_QUEUED)]
-            await reached(client, "num_requests_waiting", MAX_QUEUED - 1, 5)
+            await reached(lambda client=client: in_flight(client), MAX_QUEUED)
             got = [await http.post("/v1/chat/completions", json=body(stream=s)) for s in (False, True)]
             got.append(await http.post("/v1/responses", json=body("/v1/responses")))
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await reached(client, "num_requests_waiting", 0, 2)
+        await idle(client)
         refusals.append([(r.status_code, {k: v for k, v in r.json()["error"].items() if k != "message"}) for r in got])
     assert refusals[0] == refusals[1]
     assert [status for status, _ in refusals[0]] == [503] * 3

@@ -91,22 +91,24 @@ class Maestro:
     def _built(self, graph: Any, build: Callable[..., Any], options: OptionArgs) -> Any:
         if not isinstance(graph, Pregel | StateGraph):
             name = getattr(build, "__qualname__", repr(build))
-            raise ConfigError(f"{name}() is decorated with @maestro and returned {_kind(graph)}: return the graph it built")
+            raise ConfigError(
+                f"{name}() is decorated with @maestro and returned {_kind(graph)}: return the graph it built"
+            )
         return self.wrap(cast("Any", graph), **options)
 
     # -- wrap --------------------------------------------------------------------------------------------------------
     def wrap(self, graph: G, /, **options: Unpack[OptionArgs]) -> G:
         """Manage a graph's calls, and return the very same object. Twice is once, with the options of both."""
         checked = Options.check(options)
-        target: object = graph
+        target = cast("object", graph)
         if not isinstance(target, Pregel | StateGraph):
             raise ConfigError(f"maestro cannot wrap {_kind(target)}: {_HELP}")
         gate.install()
         with self._lock:
-            if isinstance(graph, StateGraph):
-                self._watch_compile(cast("StateGraph[Any, Any, Any, Any]", graph), options)
+            if isinstance(target, StateGraph):
+                self._watch_compile(cast("Any", target), options)
             else:
-                self._attach(graph, checked)
+                self._attach(cast("Any", target), checked)
         return graph
 
     def _attach(self, graph: Pregel[Any, Any, Any, Any], options: Options) -> None:
@@ -131,7 +133,8 @@ class Maestro:
         if graph in self._builders:
             cast("Any", graph.compile).options.update(options)
             return
-        inner, kept = graph.compile, dict(options)
+        inner: Callable[..., Any] = cast("Any", graph).compile
+        kept = dict(options)
 
         @functools.wraps(inner)
         def compile_wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -178,7 +181,7 @@ class Maestro:
                 hooks[:] = [h for h in hooks if h[0] is not self._hook]
                 self._hook = None
             if self._compile is not None:
-                if getattr(StateGraph.compile, "__wrapped__", None) is self._compile:
+                if getattr(cast("Any", StateGraph).compile, "__wrapped__", None) is self._compile:
                     StateGraph.compile = self._compile
                 self._compile = None
             for graph in list(self._graphs):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import openai
 from langgraph.runtime import get_runtime
@@ -19,7 +21,7 @@ from maestro_agents.predict.features import estimate_tokens, max_output_tokens, 
 from maestro_langgraph import engines
 from maestro_langgraph.identity import Caller, take_caller
 from maestro_langgraph.options import options_now
-from maestro_langgraph.quiet import quietly, warn_once
+from maestro_langgraph.quiet import quietly, tell_once, warn_once
 from maestro_langgraph.refusals import as_sdk_error, httpx_of
 from maestro_langgraph.runs import Run, terms
 from maestro_langgraph.stream import Usage, http_response, tap, unread_response
@@ -31,14 +33,23 @@ _REMEMBERED_RESPONSES: Final = 10_000
 _answered_by: OrderedDict[str, str] = OrderedDict()
 """Response id -> the engine that holds its conversation (``previous_response_id``)."""
 
+_on_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakSet[Call]] = WeakKeyDictionary()
+"""Asynchronous calls that wait or are being answered, by the loop they live on."""
+
+
+def _clear() -> None:
+    _answered_by.clear()
+    _on_loop.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_answered_by.clear)
+    os.register_at_fork(after_in_child=_clear)
 
 
 class Call:
     """One LLM call on its way through the gate."""
 
-    def __init__(self, sdk_client: Any, options: FinalRequestOptions, suffix: str) -> None:
+    def __init__(self, sdk_client: Any, options: FinalRequestOptions, suffix: str, *, is_async: bool) -> None:
         self.sdk_client = sdk_client
         self.options = options
         self.suffix = suffix
@@ -52,6 +63,7 @@ class Call:
         self.retries_left = options.get_max_retries(sdk_client.max_retries)
         self.ended = False
         self.pass_: Pass | None = None
+        self.blocks_loop = _meets_loop(self, is_async=is_async)
 
     @property
     def run(self) -> Run | None:
@@ -106,7 +118,7 @@ class Call:
             max_tokens=max_output_tokens(self.body),
             visit=owner.visit(caller.node) if owner else 0,
             step=caller.step,
-            nested=bool(owner and owner.holds_stream(caller.task)),
+            nested=self.blocks_loop or bool(owner and owner.holds_stream(caller.task)),
             pinned_engine=_answered_by.get(previous, "") if isinstance(previous, str) else "",
             refuse_late=bool(options.refuse_late),
             features=stage_features(self.body),
@@ -115,6 +127,7 @@ class Call:
     # -- waiting -----------------------------------------------------------------------------------------------------
     def wait(self) -> EngineSpec | None:
         """Wait for the grant on this thread. None: a bug of ours, the call goes where it would have gone."""
+        self.engine = None
         while True:
             try:
                 return self._granted(cast("Pass", self.pass_).wait(self.beat))
@@ -123,6 +136,7 @@ class Call:
                     return None
 
     async def wait_async(self) -> EngineSpec | None:
+        self.engine = None
         while True:
             try:
                 return self._granted(await cast("Pass", self.pass_).wait_async(self.beat))
@@ -175,7 +189,8 @@ class Call:
     @property
     def adds_usage(self) -> bool:
         """Whether Maestro asks for a usage chunk that the caller did not ask for."""
-        asked = (self.body.get("stream_options") or {}).get("include_usage")
+        options: Mapping[str, Any] = self.body.get("stream_options") or {}
+        asked = options.get("include_usage")
         return bool(self.body.get("stream")) and not asked and self.suffix != "/responses" and not self.to_original
 
     @property
@@ -271,8 +286,34 @@ class Call:
                 self.pass_.cancel()
 
     def _forget_stream(self) -> None:
+        _leave_loop(self)
         if self.caller.run is not None:
             self.caller.run.open_streams.pop(self, None)
+
+
+def _meets_loop(call: Call, *, is_async: bool) -> bool:
+    """Note which loop an asynchronous call lives on. True: a synchronous one would stop a loop that calls live on.
+
+    Those could not end, nor free their engines, while it waits: so it must not wait behind them.
+    """
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    if is_async:
+        _on_loop.setdefault(loop, WeakSet()).add(call)
+        return False
+    if not _on_loop.get(loop):
+        return False
+    tell_once(
+        "a synchronous model call in an asynchronous node stops the event loop for all others: use ainvoke or astream"
+    )
+    return True
+
+
+def _leave_loop(call: Call) -> None:
+    for calls in tuple(_on_loop.values()):
+        calls.discard(call)
 
 
 def _body(options: FinalRequestOptions) -> dict[str, Any]:

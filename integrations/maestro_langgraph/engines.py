@@ -22,7 +22,10 @@ from maestro_agents.core import EngineSpec
 MAX_CLIENTS: Final = 256
 NO_KEY: Final = "EMPTY"
 _HEADERS: Final = frozenset({"accept", "content-type"})
-_HEADER_PREFIXES: Final = ("x-stainless-", "____stainless")  # the SDK's own switches; the latter never leave the process
+_HEADER_PREFIXES: Final = (
+    "x-stainless-",
+    "____stainless",
+)  # the SDK's own switches; the latter never leave the process
 
 _Key = tuple[str, str]
 _Client = TypeVar("_Client", openai.OpenAI, openai.AsyncOpenAI)
@@ -86,7 +89,9 @@ def _strip(client: _Client) -> _Client:
     return client
 
 
-def outgoing(options: FinalRequestOptions, engine: EngineSpec, *, suffix: str, timeout: Any, extra: Mapping[str, Any]) -> Any:
+def outgoing(
+    options: FinalRequestOptions, engine: EngineSpec, *, suffix: str, timeout: Any, extra: Mapping[str, Any]
+) -> Any:
     """Return the request as the engine gets it; the caller's own options are not touched."""
     sent = model_copy(options)
     sent.url = suffix
@@ -94,7 +99,7 @@ def outgoing(options: FinalRequestOptions, engine: EngineSpec, *, suffix: str, t
     sent.max_retries = 0
     sent.timeout = timeout
     sent.idempotency_key = None
-    given = cast("Mapping[str, Any]", options.headers) if isinstance(options.headers, Mapping) else {}
+    given: Mapping[str, Any] = cast("Any", options.headers) if isinstance(options.headers, Mapping) else {}
     sent.headers = {k: v for k, v in given.items() if _allowed(k)}
     own: dict[str, Any] = {"model": engine.served_model} if engine.served_model else {}
     sent.extra_json = {**cast("Mapping[str, Any]", options.extra_json or {}), **own, **extra}

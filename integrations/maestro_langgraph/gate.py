@@ -42,13 +42,13 @@ _wrappers: tuple[_Request, _Request] | None = None
 _active = False
 
 
-def _begin(sdk_client: Any, options: FinalRequestOptions) -> Call | None:
+def _begin(sdk_client: Any, options: FinalRequestOptions, *, is_async: bool) -> Call | None:
     """Open a stage for a call that is ours; None where the SDK's own method should just run."""
     try:
         suffix = suffix_of(options)
         if suffix is None:
             return None
-        call = Call(sdk_client, options, suffix)
+        call = Call(sdk_client, options, suffix, is_async=is_async)
         if isinstance(call.body.get("model"), str) and call.body["model"] and call.open():
             return call
     except RunGone:
@@ -83,7 +83,7 @@ def _prepare(call: Call, client_for: Callable[[EngineSpec], Any]) -> tuple[Any, 
 def _wrap_sync(original: _Request) -> _Request:
     @functools.wraps(original)
     def request(self: Any, cast_to: Any, options: FinalRequestOptions, *args: Any, **kwargs: Any) -> Any:
-        call = _begin(self, options) if _active else None
+        call = _begin(self, options, is_async=False) if _active else None
         if call is None:
             return original(self, cast_to, options, *args, **kwargs)
         try:
@@ -113,7 +113,7 @@ def _wrap_sync(original: _Request) -> _Request:
 def _wrap_async(original: _Request) -> _Request:
     @functools.wraps(original)
     async def request(self: Any, cast_to: Any, options: FinalRequestOptions, *args: Any, **kwargs: Any) -> Any:
-        call = _begin(self, options) if _active else None
+        call = _begin(self, options, is_async=True) if _active else None
         if call is None:
             return await original(self, cast_to, options, *args, **kwargs)
         try:
@@ -174,7 +174,9 @@ def install() -> bool:
     global _originals, _wrappers, _active
     if _originals is None:
         if problem := self_check():
-            logger.warning("maestro: openai %s is not supported (%s): calls go out unmanaged", openai.__version__, problem)
+            logger.warning(
+                "maestro: openai %s is not supported (%s): calls go out unmanaged", openai.__version__, problem
+            )
             return False
         _originals = (sdk.SyncAPIClient.request, sdk.AsyncAPIClient.request)
         _wrappers = (_wrap_sync(_originals[0]), _wrap_async(_originals[1]))

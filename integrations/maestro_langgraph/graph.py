@@ -22,6 +22,7 @@ from langgraph.pregel import Pregel
 START: Final = "__start__"
 END: Final = "__end__"
 Answer = Literal["yes", "maybe", "no"]
+_Graph = Pregel[Any, Any, Any, Any]
 
 _MODEL_WORDS: Final = frozenset({
     "ChatOpenAI", "AzureChatOpenAI", "init_chat_model", "OpenAI", "AsyncOpenAI", "ChatLiteLLM", "ChatVLLM",
@@ -31,7 +32,21 @@ _CALL_WORDS: Final = frozenset({"invoke", "ainvoke", "stream", "astream", "batch
 _LIBRARIES: Final = frozenset({
     "langchain", "langgraph", "langsmith", "openai", "pydantic", "asyncio", "logging", "json", "typing",
 })  # fmt: skip
-_PARTS: Final = ("first", "middle", "last", "steps", "steps__", "bound", "func", "afunc", "runnable", "default", "branches", "fallbacks", "mapper")
+_PARTS: Final = (
+    "first",
+    "middle",
+    "last",
+    "steps",
+    "steps__",
+    "bound",
+    "func",
+    "afunc",
+    "runnable",
+    "default",
+    "branches",
+    "fallbacks",
+    "mapper",
+)
 _DEEPEST: Final = 8
 
 
@@ -45,7 +60,7 @@ class Workflow:
     spec: str
 
 
-def describe(graph: Pregel[Any, Any, Any, Any]) -> Workflow | None:
+def describe(graph: _Graph) -> Workflow | None:
     """Draw a compiled graph. None where it cannot be drawn; the graph then runs without a fingerprint."""
     try:
         nodes, edges = _draw(graph)
@@ -63,7 +78,7 @@ def describe(graph: Pregel[Any, Any, Any, Any]) -> Workflow | None:
         return None
 
 
-def _draw(graph: Pregel[Any, Any, Any, Any]) -> tuple[set[str], set[tuple[str, str, bool]]]:
+def _draw(graph: _Graph) -> tuple[set[str], set[tuple[str, str, bool]]]:
     drawn = graph.get_graph(xray=_local(graph))
     edges = {(e.source, e.target, bool(e.conditional)) for e in drawn.edges}
     inner = [n for n in drawn.nodes if n.endswith((f":{START}", f":{END}"))]
@@ -74,10 +89,14 @@ def _draw(graph: Pregel[Any, Any, Any, Any]) -> tuple[set[str], set[tuple[str, s
     return nodes | {n for n in graph.nodes if n not in expanded}, edges
 
 
-def _local(graph: Pregel[Any, Any, Any, Any]) -> bool:
+def _local(graph: _Graph) -> bool:
     """Whether every subgraph lives in this process: one that does not would be asked for its drawing over HTTP."""
-    subgraphs = [g for _, g in graph.get_subgraphs()]
-    return all(isinstance(g, Pregel) and _local(cast("Pregel[Any, Any, Any, Any]", g)) for g in subgraphs)
+    return all(isinstance(inner, Pregel) and _local(cast("_Graph", inner)) for inner in _subgraphs(graph).values())
+
+
+def _subgraphs(graph: _Graph) -> dict[str, object]:
+    found: Iterable[tuple[str, object]] = cast("Any", graph).get_subgraphs()
+    return dict(found)
 
 
 def _splice(edges: set[tuple[str, str, bool]], pseudo: str) -> set[tuple[str, str, bool]]:
@@ -88,13 +107,13 @@ def _splice(edges: set[tuple[str, str, bool]], pseudo: str) -> set[tuple[str, st
     return kept | {(a, b, c or d) for a, c in into for b, d in out}
 
 
-def _answers(graph: Pregel[Any, Any, Any, Any], prefix: str = "") -> dict[str, Answer]:
+def _answers(graph: _Graph, prefix: str = "") -> dict[str, Answer]:
     found: dict[str, Answer] = {}
-    subgraphs = dict(graph.get_subgraphs())
+    subgraphs = _subgraphs(graph)
     for name, node in graph.nodes.items():
         inner = subgraphs.get(name)
         if isinstance(inner, Pregel):
-            found |= _answers(cast("Pregel[Any, Any, Any, Any]", inner), f"{prefix}{name}:")
+            found |= _answers(cast("_Graph", inner), f"{prefix}{name}:")
         found[prefix + name] = "no" if name == START else calls_model(node.bound)
     return found
 
@@ -113,7 +132,7 @@ def calls_model(runnable: object) -> Answer:
 
 def _reaches_model(obj: object, hints: set[str], seen: set[int], depth: int) -> bool:
     # `type(obj)`, not `isinstance`: a lazy proxy must not be woken up by being looked at
-    kind = type(obj)
+    kind: type[Any] = type(obj)
     if depth > _DEEPEST or id(obj) in seen or obj is None or issubclass(kind, str | bytes | int | float | type):
         return False
     seen.add(id(obj))
@@ -122,12 +141,16 @@ def _reaches_model(obj: object, hints: set[str], seen: set[int], depth: int) -> 
     return any(_reaches_model(part, hints, seen, depth + 1) for part in _parts(obj, kind, hints))
 
 
-def _parts(obj: object, kind: type, hints: set[str]) -> Iterable[object]:
+def _parts(obj: object, kind: type[Any], hints: set[str]) -> Iterable[object]:
     if issubclass(kind, types.FunctionType):
         return _function_parts(cast("types.FunctionType", obj), hints)
     if issubclass(kind, types.MethodType):
         method = cast("types.MethodType", obj)
-        return [method.__func__, *list(vars(method.__self__).values())[:60]] if hasattr(method.__self__, "__dict__") else []
+        return (
+            [method.__func__, *list(vars(method.__self__).values())[:60]]
+            if hasattr(method.__self__, "__dict__")
+            else []
+        )
     if issubclass(kind, functools.partial):
         bound = cast("functools.partial[Any]", obj)
         return [bound.func, *bound.args, *bound.keywords.values()]
@@ -135,7 +158,7 @@ def _parts(obj: object, kind: type, hints: set[str]) -> Iterable[object]:
         hints.add("graph")  # run inside a function: whether it calls a model shows when it runs
         return []
     if issubclass(kind, Runnable):
-        own = vars(cast("Any", obj)) if hasattr(obj, "__dict__") else {}
+        own: Mapping[str, object] = getattr(cast("Any", obj), "__dict__", {})
         return [own[name] for name in _PARTS if name in own]
     if issubclass(kind, dict):
         return list(cast("dict[Any, object]", obj).values())[:60]
@@ -159,7 +182,7 @@ def _function_parts(function: types.FunctionType, hints: set[str]) -> Iterable[o
     parts = [_cell(cell) for cell in function.__closure__ or ()]
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
-        library = (getattr(type(value), "__module__", "") or "").startswith("builtins")
+        library = str(getattr(cast("object", type(value)), "__module__", "")).startswith("builtins")
         if isinstance(value, types.FunctionType):
             top = (value.__module__ or "").split(".")[0]
             library = top in _LIBRARIES or top.startswith(("langchain_", "langgraph_"))

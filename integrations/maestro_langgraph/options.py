@@ -75,7 +75,7 @@ class Options:
 
 
 _NOTHING: Final = Options()
-_request_options: ContextVar[Options] = ContextVar("maestro_options", default=_NOTHING)  # noqa: B039 - frozen
+_request_options: ContextVar[Options] = ContextVar("maestro_options", default=_NOTHING)
 
 
 @contextmanager

@@ -19,6 +19,13 @@ def warn_once(where: str, error: BaseException) -> None:
         logger.debug("maestro: %s failed", where, exc_info=error)
 
 
+def tell_once(text: str) -> None:
+    """Say something that the user should know, once."""
+    if text not in _warned and len(_warned) < 100:
+        _warned.add(text)
+        logger.warning("maestro: %s", text)
+
+
 @contextmanager
 def quietly(where: str) -> Generator[None]:
     """Keep an error of ours from the user's call."""

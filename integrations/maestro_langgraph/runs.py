@@ -70,7 +70,7 @@ class Run:
 
     def settle(self, client: Client) -> None:
         """Fix start, deadline, class and tenant at the first stage. Later calls change nothing."""
-        if self.stages == 0:
+        if not self.started_at_s:
             settings = client.settings
             self.service_class, deadline_s, self.tenant = terms(self.options, settings)
             self.started_at_s = client.now_s() - (time.monotonic() - self.began_monotonic_s)

@@ -27,6 +27,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from maestro_agents.cli.demo_input import MESSAGES, Arrival, Messages, arrivals, read_messages
 from maestro_agents.cli.demo_report import LABEL, TITLES, RunResult, comparison, picture, table
@@ -34,7 +35,7 @@ from maestro_agents.cli.monitor import Snapshot, Watch
 from maestro_agents.cli.up import Stack
 from maestro_agents.client import Client
 from maestro_agents.core import EngineSpec, Observation, ServiceClass
-from maestro_agents.errors import ConfigError
+from maestro_agents.errors import ConfigError, EngineError
 from maestro_agents.fleet import Fleet, Launch
 from maestro_agents.queue.redis import RedisClock, RedisQueue
 
@@ -60,6 +61,8 @@ FLEET: Final = Fleet(
 
 LOOK_EVERY_S: Final = 0.5
 SAY_EVERY_S: Final = 5.0
+BAR: Final = 30
+"""Longest bar of waiting calls, in characters."""
 
 HOW_TO_REAL: Final = """\
 Use it on a real vLLM. fleet.toml:
@@ -117,8 +120,11 @@ class Pass:
         from maestro_langgraph import maestro
 
         # Both passes begin warm: connections open, imports done, one run served.
-        with maestro.options(service_class="batch", deadline_s=DEADLINES_S[ServiceClass.BATCH]):
-            await self._app.ainvoke({"message": MESSAGES[0]})
+        try:
+            with maestro.options(service_class="batch", deadline_s=DEADLINES_S[ServiceClass.BATCH]):
+                await self._app.ainvoke({"message": MESSAGES[0]})
+        except Exception as e:  # LangGraph and the SDK raise what they like; the demo cannot go on
+            raise EngineError(f"the first run of the sample failed: {type(e).__name__}: {e}") from e
         self._began_s = time.monotonic()
         watcher = asyncio.create_task(self._look(look))
         try:
@@ -187,13 +193,14 @@ class View:
     def __init__(self, console: Console, runs: int) -> None:
         self._console = console
         self._runs = runs
-        self._said_s = 0.0
+        self._said_s = time.monotonic()
+        bar, count = BarColumn(bar_width=30), MofNCompleteColumn()
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(),
-            console=console,
-        )  # fmt: skip
-        self._tasks: dict[str, Any] = {}
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+            TextColumn("{task.description}"), bar, count, TextColumn("runs"), TimeElapsedColumn(), console=console
+        )
+        titles = enumerate(TITLES.items(), 1)
+        self._tasks = {p: self._progress.add_task(f"{n}. {t}", total=runs, start=False) for n, (p, t) in titles}
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
         if self._live:
@@ -204,35 +211,38 @@ class View:
         if self._live:
             self._live.stop()
 
-    def __call__(self, now: Pass) -> None:
-        if now.policy not in self._tasks:
-            title = f"{len(self._tasks) + 1} of {len(TITLES)}  {TITLES[now.policy]}"
-            self._tasks[now.policy] = self._progress.add_task(title, total=self._runs)
-        ended = len(now.results)
-        self._progress.update(self._tasks[now.policy], completed=ended)
+    def say(self, what: str) -> None:
+        """Something that takes a moment begins."""
+        if self._live:
+            self._live.update(Group(self._progress, Text(f"  {what} ...", style="dim")), refresh=True)
+
+    def look(self, now: Pass) -> None:
+        """A pass goes on."""
+        task, ended = self._tasks[now.policy], len(now.results)
+        self._progress.start_task(task)
+        self._progress.update(task, completed=ended)
         if ended == self._runs:
-            self._progress.stop_task(self._tasks[now.policy])
+            self._progress.stop_task(task)
         if self._live:
             self._live.update(Group(self._progress, progress_table(now)), refresh=True)
         elif ended == self._runs or time.monotonic() - self._said_s > SAY_EVERY_S:
             self._said_s = time.monotonic()
             waiting = sum(n.waiting for n in now.snapshot.lines) if now.snapshot else 0
-            self._console.print(f"{TITLES[now.policy]}: {ended} of {self._runs} runs ended, {waiting} calls wait")
+            self._console.print(f"{TITLES[now.policy]}: {ended} of {self._runs} runs ended, calls waiting: {waiting}")
 
 
 def progress_table(now: Pass) -> Table:
     """What waits, what runs, and which deadlines were met so far, by class."""
     shown = Table(box=None, padding=(0, 2, 0, 0))
-    shown.add_column(f"  {LABEL}, depth of the queue", style="dim")
-    for name in ("calls waiting", "calls running", "in time so far"):
+    shown.add_column(f"  {LABEL}: calls", style="dim")
+    for name in ("waiting", "running", "runs in time"):
         shown.add_column(name, justify="right")
     for c in ServiceClass:
         lines = [n for n in (now.snapshot.lines if now.snapshot else ()) if n.service_class is c]
         mine = [r for r in now.results if r.service_class is c]
         waiting = sum(n.waiting for n in lines)
-        bar = "▪" * min(waiting, 40)
         shown.add_row(
-            f"  {c.value:<12}{bar:<40}",
+            f"  {c.value:<12}{'▪' * min(waiting, BAR):<{BAR}}",
             str(waiting),
             str(sum(n.running for n in lines)),
             f"{sum(r.met for r in mine)} of {len(mine)}",
@@ -241,20 +251,19 @@ def progress_table(now: Pass) -> Table:
 
 
 # -- both passes ---------------------------------------------------------------------------------------------------------
-async def both_passes(
-    stack: Stack, plan: Sequence[Arrival], look: Callable[[Pass], None], *, app: Any
-) -> list[RunResult]:
-    """Serve the plan once under each policy, each in a pool of its own (so nothing is learned twice), on one fleet."""
+async def both_passes(stack: Stack, plan: Sequence[Arrival], view: View, *, app: Any) -> list[RunResult]:
+    """Serve the plan once under each policy, on one fleet, each in a new pool: neither knows what another learned."""
     results: list[RunResult] = []
-    for policy in TITLES:
-        pool = f"demo-{policy}"
+    for policy, title in TITLES.items():
+        pool = f"demo-{uuid.uuid4().hex[:8]}-{policy}"
+        view.say(f"{title}: starting its scheduler, and one run to warm up")
         await asyncio.to_thread(stack.start_scheduler, policy=policy, pool=pool)
         Client.configure(redis_url=stack.redis_url, pool=pool, mode="on")
         queue, clock = RedisQueue(stack.redis_url, pool=pool), RedisClock()
         try:
             await clock.sync(queue)
             watch = Watch(queue, source=pool, now_s=clock.now_s)
-            results += await Pass(policy, plan, queue=queue, watch=watch, app=app).run(look)
+            results += await Pass(policy, plan, queue=queue, watch=watch, app=app).run(view.look)
         finally:
             await asyncio.to_thread(Client.reset)
             await queue.close()
@@ -290,15 +299,19 @@ def run(
         with contextlib.ExitStack() as ends:
             stack = Stack(FLEET, redis_url=redis_url)
             ends.callback(stack.stop)
+            view = ends.enter_context(View(console, runs))
             console.print(
                 f"{runs} runs of seven LLM calls, twice, on [bold]two emulated engines[/] (no GPU: their timing is a "
                 "model, their answers are filler)."
             )
+            view.say("starting Redis and two engines")
             stack.start(scheduler=False)
             console.print(f"Queue: {stack.redis_says}.", markup=False)
             app = sample("support_triage").build(MODEL, stack.engines[0].url, length_of)
-            with View(console, runs) as view:
-                results = asyncio.run(both_passes(stack, plan, view, app=app))
+            results = asyncio.run(both_passes(stack, plan, view, app=app))
+            view.say("drawing")
+            picture(results, DEADLINES_S, png)
+            view.__exit__()
             _report(console, results, png=png, events=events)
             if as_json:
                 print(json.dumps(_as_json(results, stack, messages, seed=seed, runs=runs, png=png, began_s=began_s)))
@@ -314,7 +327,6 @@ def run(
 
 
 def _report(console: Console, results: Sequence[RunResult], *, png: Path, events: Path | None) -> None:
-    picture(results, DEADLINES_S, png)
     console.print()
     console.print(table(results, DEADLINES_S))
     console.print(f"The same as a picture: {png}", markup=False)

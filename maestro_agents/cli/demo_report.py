@@ -173,7 +173,7 @@ def picture(results: Sequence[RunResult], deadlines_s: Mapping[ServiceClass, flo
         f"The same runs, arriving at the same moments, on the same two engines. {LABEL.capitalize()}, not a GPU.  "
         f"Filled: in time.  Hollow: late (batch has {deadlines_s[ServiceClass.BATCH]:g} s).",
         fontsize=10,
-        color="#444444",
+        color="#222222",
         x=0.01,
         ha="left",
     )

@@ -38,6 +38,8 @@ RECENT: Final = 500
 """Ended stages and runs that the percentiles and the deadlines are counted over."""
 
 PAGE: Final = 1_000
+SHOWN_ID: Final = 12
+"""Characters of a stage's id on the screen; the beginning of an id names it everywhere."""
 
 
 # -- the snapshot --------------------------------------------------------------------------------------------------------
@@ -344,51 +346,62 @@ async def entries(queue: Queue) -> tuple[Entry, ...]:
     return (*running, *waiting)
 
 
-async def find(queue: Queue, stage_id: str) -> dict[str, Any]:
-    """One stage as JSON values: held by the queue, or in the observation log. Raises `ConfigError` for neither."""
-    for entry in await entries(queue):
-        if entry.ticket.stage_id == stage_id:
-            return entry.to_json()
+def named(held: Sequence[Entry], stage: str) -> Entry | None:
+    """The stage of this id, or the one whose id begins so. Raises `ConfigError` where several do."""
+    found = [e for e in held if e.ticket.stage_id.startswith(stage)]
+    exact = [e for e in found if e.ticket.stage_id == stage]
+    if len(found) > 1 and not exact:
+        raise ConfigError(f"{len(found)} stages begin with {stage!r}: give more of the id")
+    return (exact or found or [None])[0]
+
+
+async def find(queue: Queue, stage: str) -> dict[str, Any]:
+    """One stage, by the beginning of its id, as JSON values: held by the queue, or in the observation log.
+
+    Raises `ConfigError` for neither.
+    """
+    if entry := named(await entries(queue), stage):
+        return entry.to_json()
     after, at = "-", ""
     while at != after:
         after = at
         at, page = await queue.read_log(after, PAGE)
         for seen in page:
-            if isinstance(seen, Observation) and seen.stage_id == stage_id:
+            if isinstance(seen, Observation) and seen.stage_id.startswith(stage):
                 return _plain(dataclasses.asdict(seen))
-    raise ConfigError(f"no stage {stage_id!r} in the queue or in what it remembers; `maestro queue ls` names them")
+    raise ConfigError(f"no stage {stage!r} in the queue or in what it remembers; `maestro queue ls` names them")
 
 
-async def cancel(queue: Queue, stage_id: str, *, now_s: float) -> None:
-    """Withdraw a waiting stage: it is refused, and its caller told at once.
+async def cancel(queue: Queue, stage: str, *, now_s: float) -> str:
+    """Withdraw a waiting stage, by the beginning of its id: it is refused, and its caller told at once. Returns its id.
 
     Raises `ConfigError` for a stage that does not wait: a running call is its app's, and its engine's, to end.
     """
-    for entry in await entries(queue):
-        if entry.ticket.stage_id == stage_id:
-            refusal = Refusal(stage_id=stage_id, reason="operator", retry_after_s=0.0)
-            if entry.lease is None and await queue.refuse(refusal, entry.ticket, now_s=now_s):
-                return
-            where = f" on {entry.lease.engine_id}" if entry.lease else ""
-            raise ConfigError(f"stage {stage_id!r} runs{where} already: only its app can end it now")
-    raise ConfigError(f"no stage {stage_id!r} waits; `maestro queue ls` names those that do")
+    entry = named(await entries(queue), stage)
+    if entry is None:
+        raise ConfigError(f"no stage {stage!r} waits; `maestro queue ls` names those that do")
+    stage_id = entry.ticket.stage_id
+    refusal = Refusal(stage_id=stage_id, reason="operator", retry_after_s=0.0)
+    if entry.lease is None and await queue.refuse(refusal, entry.ticket, now_s=now_s):
+        return stage_id
+    where = f" on {entry.lease.engine_id}" if entry.lease else ""
+    raise ConfigError(f"stage {stage_id!r} runs{where} already: only its app can end it now")
 
 
 def entries_table(held: Sequence[Entry], *, now_s: float) -> Table:
     """Stages as a table: what `maestro queue ls` shows."""
-    table = _table("<stage", "<status", "<class", "<role", "<model", "age", "due in", "<engine")
+    table = _table("<stage", "<status", "<class", "<role", "<model", "age", "due in")
     for e in held:
         t = e.ticket
-        due = t.due_at_s - now_s
+        due_s = t.due_at_s - now_s
         table.add_row(
-            t.stage_id,
-            "running" if e.lease else "waiting",
+            t.stage_id[:SHOWN_ID],
+            f"runs on {e.lease.engine_id}" if e.lease else "waits",
             t.service_class.value,
             t.role or "-",
             t.model,
             _seconds(max(0.0, now_s - t.pushed_at_s)),
-            f"-{_seconds(-due)}" if due < 0 else _seconds(due),
-            e.lease.engine_id if e.lease else "",
+            "-" if e.lease else f"-{_seconds(-due_s)}" if due_s < 0 else _seconds(due_s),
         )
     return table
 
@@ -465,7 +478,7 @@ def list_stages(
 
 @queue_app.command("show")
 def show_stage(
-    stage: Annotated[str, typer.Argument(help="A stage id, as `maestro queue ls` prints it.")],
+    stage: Annotated[str, typer.Argument(help="The beginning of a stage id, as `maestro queue ls` prints it.")],
     redis_url: RedisUrl = None,
     pool: Pool = None,
     as_json: AsJson = False,
@@ -487,7 +500,7 @@ def show_stage(
 
 @queue_app.command("cancel")
 def cancel_stage(
-    stage: Annotated[str, typer.Argument(help="A stage id, as `maestro queue ls` prints it.")],
+    stage: Annotated[str, typer.Argument(help="The beginning of a stage id, as `maestro queue ls` prints it.")],
     redis_url: RedisUrl = None,
     pool: Pool = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
@@ -498,8 +511,9 @@ def cancel_stage(
         typer.confirm(f"Withdraw stage {stage}? The app that waits for it gets an error.", abort=True, err=True)
 
     async def act(queue: Queue, now_s: Callable[[], float], _: str) -> None:
-        await cancel(queue, stage, now_s=now_s())
-        print(json.dumps({"stage_id": stage, "status": Status.REFUSED.value}) if as_json else f"{stage} is withdrawn.")
+        stage_id = await cancel(queue, stage, now_s=now_s())
+        done = {"stage_id": stage_id, "status": Status.REFUSED.value}
+        print(json.dumps(done) if as_json else f"{stage_id} is withdrawn.")
 
     _with_queue(redis_url, pool, act)
 

@@ -22,8 +22,8 @@ SLACK_SHARE: Final = 0.1
 """Share of its slack by which a run that has time lets others pass: what interactive and batch share by."""
 
 MAX_SLACK_S: Final = 600.0
-LATE_S: Final = 60.0
-"""A stage whose run cannot meet its deadline any more is due this long after it was pushed."""
+LATE_S: Final[Mapping[ServiceClass, float]] = {ServiceClass.INTERACTIVE: 30.0, ServiceClass.BATCH: 60.0}
+"""A stage whose run cannot meet its deadline any more is due this long after it was pushed: a person still waits."""
 
 
 def left_s(prediction: Prediction) -> float:
@@ -43,7 +43,7 @@ def ours(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
     seconds after it, since its own moment is not later than that.
     """
     if is_late(ticket, prediction, now_s):
-        return ticket.pushed_at_s + LATE_S
+        return ticket.pushed_at_s + LATE_S[ticket.service_class]
     left = left_s(prediction)
     slack = min(ticket.deadline_at_s - ticket.pushed_at_s - left, MAX_SLACK_S)
     return ticket.pushed_at_s + STRETCH * left + SLACK_SHARE * max(0.0, slack)

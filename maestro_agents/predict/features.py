@@ -49,13 +49,13 @@ def stage_features(body: Mapping[str, Any]) -> tuple[float, ...]:
     """Describe the shape of a request in numbers, in the order of `FEATURE_NAMES`."""
     messages = _messages(body)
     roles = [str(m.get("role", "")) for m in messages]
-    last = messages[-1] if messages else {}
+    last: Mapping[str, Any] = messages[-1] if messages else {}
     last_content = last.get("content")
     choice = body.get("tool_choice")
     answer = body.get("response_format") or body.get("text")
     return (
         float(len(messages)),
-        sum(_message_tokens(m) for m, r in zip(messages, roles, strict=True) if r in {"system", "developer"}),
+        sum((_message_tokens(m) for m, r in zip(messages, roles, strict=True) if r in {"system", "developer"}), 0.0),
         _message_tokens(last) if last else 0.0,
         float(roles.count("assistant")),
         float(roles.count("tool")),

@@ -12,10 +12,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import httpx
 
@@ -171,35 +170,3 @@ class EngineProcess:
             lines = f.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
         said = "\n".join(f"    {line}" for line in lines) or "    (nothing)"
         return f"The end of {self.log}:\n{said}"
-
-
-class EngineProcesses:
-    """Several engines, started side by side and kept running: ``async with EngineProcesses([...]): ...``."""
-
-    def __init__(self, engines: Sequence[EngineProcess]) -> None:
-        self.engines = tuple(engines)
-        self._keepers: list[asyncio.Task[None]] = []
-
-    async def __aenter__(self) -> Self:
-        try:
-            # On the first failure the others are not waited for.
-            async with asyncio.TaskGroup() as group:
-                for engine in self.engines:
-                    group.create_task(engine.start())
-        except BaseExceptionGroup as e:
-            await self._stop()
-            first = e.exceptions[0]
-            raise first from None
-        self._keepers = [asyncio.create_task(engine.keep()) for engine in self.engines]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        await self._stop()
-
-    async def _stop(self) -> None:
-        await asyncio.gather(*(engine.stop() for engine in self.engines))

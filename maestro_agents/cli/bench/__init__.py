@@ -93,14 +93,62 @@ def measure_faults(
         print(json.dumps({"label": fleets.label(engine), "lease_s": bench.LEASE_S, "summary": found, "trials": rows}))
     else:
         table = Table(title=f"faults under load; engines: {engine} ({fleets.label(engine)}), lease {bench.LEASE_S:g} s")
-        for name in ("fault", "trials", "runs", "in flight", "ended", "ok", "cut streams", "failed"):
-            table.add_column(name)
-        for name in ("slowest end after fault", "ledger zero after", "survived"):
-            table.add_column(name)
+        names = "fault,trials,runs,in flight,ended,ok,cut,failed,last end,ledger 0,survived"
+        for name in names.split(","):
+            table.add_column(name, no_wrap=True)
         for r in found:
             zero = "never" if r["ledger_zero_s"] is None else f"{r['ledger_zero_s']:.1f} s"
             cells = [r[k] for k in ("fault", "trials", "runs", "in_flight", "ended", "ok", "cut_streams", "failed")]
             table.add_row(*map(str, cells), f"{r['slowest_end_s']:.1f} s", zero, "yes" if r["survived"] else "NO")
         Console().print(table)
+        Console().print(
+            "in flight: at the fault, in the app that lives. cut: streams broken after their first byte (the SDK's error, "
+            "nothing replayed). last end: seconds after the fault, worst trial. ledger 0: no reservation left, worst trial."
+        )
     if not all(r["survived"] for r in found):
         raise typer.Exit(1)
+
+
+@bench_app.command("order")
+def measure_order(
+    engine: Engine = "emulator",
+    runs: Annotated[int, typer.Option(min=2, help="Runs of the sample per policy.")] = 60,
+    seed: Annotated[int, typer.Option(help="Arrivals, messages and lengths.")] = 0,
+    scale: Annotated[float, typer.Option(help="Length of answers, relative to the demo's.")] = 0.5,
+    rate: Annotated[float, typer.Option(min=0.01, help="Arrivals, relative to the demo's.")] = 0.4,
+    overcommit: Annotated[int, typer.Option(min=0, help="Grants an engine gets beyond what it runs at once.")] = 2,
+    events: Events = None,
+    as_json: Json = False,
+) -> None:
+    """The same runs first come first served and under Maestro; does the engine keep our order? Example: maestro bench order --engine vllm"""
+    from maestro_agents.cli.bench import order as bench
+
+    console = Console(stderr=True)
+    said: dict[str, int] = {}
+
+    def look(now: Any) -> None:
+        ended = len(now.results)
+        if ended >= said.get(now.policy, 0) + 10 or (ended == runs and said.get(now.policy) != runs):
+            said[now.policy] = ended
+            console.print(f"{now.policy}: {ended} of {runs} runs ended")
+
+    found = bench.run(engine, runs, seed, scale, rate, overcommit, look)
+    if events:
+        lines = [json.dumps(e) for p in found for e in (*p["events"], *p["runs"])]
+        events.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    first, ours = found
+    ratio = ours["classes"]["interactive"]["p95_s"] / first["classes"]["interactive"]["p95_s"]
+    if as_json:
+        print(json.dumps({"label": fleets.label(engine), "interactive_p95_ratio": ratio, "policies": found}))
+        return
+    table = Table(title=f"{runs} runs each way, two engines: {engine} ({fleets.label(engine)}), seed {seed}")
+    for name in ("policy", "class", "completed", "in time", "p50 s", "p95 s", "tau (pairs)", "fast"):
+        table.add_column(name, no_wrap=True)
+    for p in found:
+        for name, c in p["classes"].items():
+            table.add_row(
+                p["policy"], name, f"{c['completed']}/{c['runs']}", str(c["in_time"]), f"{c['p50_s']:.1f}",
+                f"{c['p95_s']:.1f}", f"{p['tau']:.3f} ({p['tau_pairs']})", f"{p['fast']}/{p['stages']}",
+            )  # fmt: skip
+    Console().print(table)
+    Console().print(f"interactive p95, Maestro over first come first served: {ratio:.2f}")

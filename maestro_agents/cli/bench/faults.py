@@ -5,7 +5,8 @@ second one beside it), the fault comes at a seeded random moment, and it is meas
 
 * every run of a living app ends, and how long after the fault the last one in flight then did;
 * how it ended: only a stream that was cut after its first byte may end in the SDK's error, nothing else may fail;
-* how long until no reservation is left in the ledger, counted from the end of the work (a killed app: from its death);
+* how long until no reservation is left in the ledger, counted from the end of the work, and for a killed app how long
+  until nothing of it is reserved, counted from its death (the larger of the two);
 * that nothing waits and nothing is granted in the queue when all has ended.
 
 Redis is restarted empty (no persistence): what it knew comes back from the clients' announcements.
@@ -17,7 +18,6 @@ import asyncio
 import json
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -105,34 +105,32 @@ class App:
         """Wait until a batch is done."""
         return await self.until(lambda: any(e["event"] == "done" and e["seed"] == seed for e in self.events), PATIENCE_S)
 
-    def close(self) -> None:
-        """End it."""
+    async def close(self) -> None:
+        """End it by kill -9, and wait until it is gone."""
         if self.process.returncode is None:
             self.process.kill()
+        await self.process.wait()
         if self.reader:
-            self.reader.cancel()
+            await self.reader  # ends with the process's output
 
 
 async def trial(stack: Stack, kind: str, seed: int, survivor: App, queue: RedisQueue, scale: float) -> dict[str, Any]:
     """One fault under load; what happened."""
     rng = random.Random(seed)
     began = len(survivor.events)
-    survivor.offer(runs=RUNS, seed=seed)
     victim: App | None = None
     if kind == "app":
         victim = await App.start(stack.redis_url, stack.fleet.pool, scale, stack.logs / "app.log")
         victim.offer(runs=RUNS, seed=seed + 10**6)
-        await victim.until(lambda: any(e["event"] == "began" for e in victim.events), 30.0)
+    survivor.offer(runs=RUNS, seed=seed)
     await survivor.until(lambda: any(e["event"] == "began" for e in survivor.events[began:]), 30.0)
     await asyncio.sleep(rng.uniform(0.3, 2.5))
-    what = "app"
+    what = f"app ({sum(e['event'] == 'began' for e in victim.events)} runs begun)" if victim else ""
     in_flight = {e["run"] for e in survivor.events[began:] if e["event"] == "began"}
     in_flight -= {e["run"] for e in survivor.events[began:] if e["event"] == "ended"}
     fault_at_s = time.time()
     if victim is not None:
-        victim.process.send_signal(signal.SIGKILL)
-        await victim.process.wait()
-        victim.close()
+        await victim.close()
     elif kind == "scheduler":
         what = "scheduler"
         await asyncio.to_thread(stack.kill_scheduler)
@@ -142,12 +140,16 @@ async def trial(stack: Stack, kind: str, seed: int, survivor: App, queue: RedisQ
     else:
         what = "redis"
         await asyncio.to_thread(stack.restart_redis, kill=True)
+    gone = asyncio.create_task(victim_gone(queue, f"-{victim.process.pid}-", fault_at_s)) if victim else None
     all_done = await survivor.finish(seed)
     done_at_s = time.time()
     ended = {e["run"]: e for e in survivor.events[began:] if e["event"] == "ended"}
     after = [e["at_s"] - fault_at_s for r, e in ended.items() if r in in_flight]
     errors = [e for e in ended.values() if e["error"]]
-    zero_after_s = await ledger_zero(queue, since_s=fault_at_s if kind == "app" else done_at_s)
+    zero_after_s = await ledger_zero(queue, since_s=done_at_s)
+    if gone is not None and zero_after_s is not None:
+        victim_s = await gone
+        zero_after_s = None if victim_s is None else max(zero_after_s, victim_s)
     return {
         "kind": kind,
         "what": what,
@@ -164,6 +166,17 @@ async def trial(stack: Stack, kind: str, seed: int, survivor: App, queue: RedisQ
         "ledger_zero_after_s": zero_after_s,
         "left_in_queue": await left(queue),
     }
+
+
+async def victim_gone(queue: RedisQueue, mark: str, since_s: float) -> float | None:
+    """Seconds after its death until nothing of a killed app is reserved (others go on working meanwhile)."""
+    while time.time() < since_s + 4 * LEASE_S:
+        held = [r for r in await queue.running() if mark in r.ticket.client_id]
+        dead = [r for r in await queue.draining() if r.since_s >= since_s]
+        if not held and not dead and time.time() > since_s + 1.0:
+            return time.time() - since_s
+        await asyncio.sleep(0.1)
+    return None
 
 
 async def ledger_zero(queue: RedisQueue, *, since_s: float) -> float | None:
@@ -200,14 +213,14 @@ async def measure(
                 rows.append(row)
                 say(row)
                 if not row["all_ended"]:  # do not let one failure hide in the next trial
-                    survivor.close()
+                    await survivor.close()
                     survivor = await App.start(stack.redis_url, stack.fleet.pool, scale, stack.logs / "app.log")
         at, entries = await queue.read_log("", 20_000)
         del at
         observed = [o for o in entries if isinstance(o, Observation)]
         rows.append({"kind": "log", "observations": len(observed), "fast": sum(o.fast for o in observed)})
     finally:
-        survivor.close()
+        await survivor.close()
         await queue.close()
     return rows
 

@@ -11,45 +11,22 @@ import asyncio
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from maestro_agents.cli.bench.stack import MODEL, emulated
+from maestro_agents.cli.demo import sample
 from maestro_agents.client import Client
 from maestro_agents.core import Observation
 from maestro_agents.queue.redis import RedisQueue
 
 BLOCK: Final = 25
-
-
-class State(TypedDict, total=False):
-    """The graph's state."""
-
-    q: str
-    a: str
+PROMPT: Final = "Answer the customer in one sentence. " * 20
 
 
 def quantile(values: Sequence[float], q: float) -> float:
     """Nearest-rank quantile."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
-
-
-def build(url: str) -> Any:
-    """One node, one call."""
-    from langchain_openai import ChatOpenAI
-    from langgraph.graph import END, START, StateGraph
-
-    llm = ChatOpenAI(model=MODEL, base_url=url, api_key="none", max_retries=0)  # type: ignore[arg-type]
-    prompt = "Answer the customer in one sentence. " * 20
-
-    async def ask(state: State) -> State:
-        return {"a": (await llm.ainvoke(prompt + state["q"], max_tokens=1)).text}
-
-    graph = StateGraph(State)
-    graph.add_node("ask", ask)
-    graph.add_edge(START, "ask")
-    graph.add_edge("ask", END)
-    return graph.compile()
 
 
 class _Timed:
@@ -88,7 +65,9 @@ async def measure(url: str, calls: int) -> dict[str, Any]:
     """Time ``calls`` calls each way, in turn by blocks; then the parts of ours."""
     from maestro_langgraph import gate, maestro
 
-    plain, ours = build(url), maestro.wrap(build(url))
+    made = sample("one_call")
+    plain = made.graph(MODEL, url, max_tokens=1).compile()
+    ours = maestro.wrap(made.graph(MODEL, url, max_tokens=1).compile())
     plain_ms: list[float] = []
     ours_ms: list[float] = []
     plain_cpu_ms: list[float] = []
@@ -98,11 +77,11 @@ async def measure(url: str, calls: int) -> dict[str, Any]:
         gate.install() if through else gate.uninstall()
         app = ours if through else plain
         walls: list[float] = []
-        await app.ainvoke({"q": "warm"})
+        await app.ainvoke({"question": PROMPT})
         cpu = time.process_time()
         for i in range(BLOCK):
             began = time.perf_counter()
-            await app.ainvoke({"q": str(i)})
+            await app.ainvoke({"question": f"{PROMPT} {i}"})
             walls.append((time.perf_counter() - began) * 1e3)
         used = (time.process_time() - cpu) * 1e3 / BLOCK
         if block > 1:  # the first block of each way warms connections up
@@ -153,7 +132,7 @@ async def budget(app: Any) -> dict[str, float]:
     timed.around(gate, "estimate_tokens", "features (token estimate)")
     timed.around(gate._Call, "open", "gate (ticket, features included)")  # pyright: ignore[reportPrivateUsage]
     for i in range(4 * BLOCK):
-        await app.ainvoke({"q": str(i)})
+        await app.ainvoke({"question": f"{PROMPT} {i}"})
     await asyncio.sleep(0.1)
     return {part: sum(spent) / (4 * BLOCK) for part, spent in timed.spent.items() if spent}
 

@@ -25,6 +25,7 @@ def emulated(
     engines: int = 2,
     profile: str = "cpu-tiny",
     slots: int = 4,
+    max_num_seqs: int | None = None,
     args: tuple[str, ...] = (),
     policy: str = "ours",
     logs: Path | None = None,
@@ -34,7 +35,7 @@ def emulated(
     names = [chr(ord("a") + i) for i in range(engines)]
     fleet = Fleet(
         engines=tuple(EngineSpec(engine_id=n, url="", model=MODEL, slots=slots) for n in names),
-        launches={n: Launch(kind="emulator", profile=profile, args=args) for n in names},
+        launches={n: Launch(kind="emulator", profile=profile, args=(*args, *_seqs(max_num_seqs))) for n in names},
     )
     return Stack(fleet, policy=policy, logs=logs, notice=notice)
 
@@ -68,12 +69,17 @@ def real_vllm(
                 model_path=folder,
                 kv_cache_memory_bytes=KV_BYTES,
                 cpu_core=i % (os.cpu_count() or 1),
-                args=("--max-num-seqs", str(max_num_seqs)) if max_num_seqs else (),
+                args=_seqs(max_num_seqs),
             )
             for i, n in enumerate(names)
         },
     )
     return Stack(fleet, policy=policy, logs=logs, notice=notice)
+
+
+def _seqs(max_num_seqs: int | None) -> tuple[str, ...]:
+    """Fewer at once than Maestro grants; the last word on the command line counts."""
+    return ("--max-num-seqs", str(max_num_seqs)) if max_num_seqs else ()
 
 
 def _config(folder: str) -> dict[str, object]:
