@@ -16,6 +16,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import threading
@@ -169,7 +170,7 @@ class Pass:
         draining = self._was_sent and engine_down
         self.ticket, self.grant, self.engine, self._was_sent = ticket, None, None, False
         self.future = concurrent.futures.Future()
-        self._room.call(self._room.requeue, self, grant, draining)
+        self._room.call(functools.partial(self._room.requeue, self, grant, draining=draining))
         return True
 
     def finish(
@@ -224,7 +225,7 @@ class Pass:
         """Withdraw the stage, wherever it is. Never blocks; after `finish` it does nothing."""
         if not self.ended:
             self.ended = True
-            self._room.call(self._room.withdraw, self, self._was_sent)
+            self._room.call(functools.partial(self._room.withdraw, self, was_sent=self._was_sent))
 
 
 class _Room:
@@ -330,7 +331,7 @@ class _Room:
     async def _drain(self) -> None:
         for p in [*self.waiting.values(), *self.held.values()]:
             p.ended = True
-            await self.withdraw(p, p.engine is not None)
+            await self.withdraw(p, was_sent=p.engine is not None)
         await asyncio.sleep(0)
         if ours := self._tasks - {asyncio.current_task()}:
             await asyncio.wait(ours, timeout=FLUSH_S / 2)
@@ -519,7 +520,7 @@ class _Room:
             return
         await self._say(self.queue.finish, observation, token=grant.token, now_s=observation.finished_at_s)
 
-    async def requeue(self, p: Pass, grant: Grant, draining: bool) -> None:
+    async def requeue(self, p: Pass, grant: Grant, *, draining: bool) -> None:
         """Say that a stage goes back into the queue, then wait for its next grant."""
         t = p.ticket
         self.held.pop(t.stage_id, None)
@@ -545,7 +546,7 @@ class _Room:
         p.ticket = t.evolve(stage_id=_renamed(t.stage_id))
         await self.admit(p)
 
-    async def withdraw(self, p: Pass, was_sent: bool) -> None:
+    async def withdraw(self, p: Pass, *, was_sent: bool) -> None:
         """Say that a stage's caller is gone. A grant that is on its way finds no taker and is given back."""
         await self.ready.wait()
         stage_id = p.ticket.stage_id
@@ -555,9 +556,7 @@ class _Room:
         if p.grant is not None and p.grant.token == 0:
             await self._free_local(p, p.grant)
         elif known is not None:
-            await self._say(
-                self.queue.cancel, stage_id, p.ticket.model, now_s=self.clock.now_s(), draining=was_sent
-            )
+            await self._say(self.queue.cancel, stage_id, p.ticket.model, now_s=self.clock.now_s(), draining=was_sent)
         async with self.local_free:
             self.local_free.notify_all()
 
@@ -603,7 +602,7 @@ class _Room:
         unled_since: float | None = None
         while True:
             await asyncio.sleep(period_s)
-            stages = {s: 0 for s in self.waiting}
+            stages = dict.fromkeys(self.waiting, 0)
             stages |= {s: p.grant.token for s, p in self.held.items() if p.grant is not None}
             try:
                 renewal = await self.queue.renew(self.client_id, stages, now_s=self.clock.now_s())
@@ -743,7 +742,9 @@ def _refusal(p: Pass, refusal: Refusal) -> MaestroError:
     if refusal.reason == "full":
         return QueueFull(f"The queue for model {t.model!r} is full.", retry_after_s=refusal.retry_after_s)
     if refusal.reason == "deadline":
-        return StageRefused(f"The deadline of {t.role or 'this run'} cannot be met.", retry_after_s=refusal.retry_after_s)
+        return StageRefused(
+            f"The deadline of {t.role or 'this run'} cannot be met.", retry_after_s=refusal.retry_after_s
+        )
     return NoEngineFits(
         f"no engine for {t.model!r} could ever hold {t.prompt_tokens} prompt tokens + output of {t.role or 'this call'}"
     )

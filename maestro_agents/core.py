@@ -166,12 +166,14 @@ class Ticket:
         try:
             body = json.loads(text)
             version = int(body.pop("v"))
-            body["stage_id"], body["client_id"], body["model"]  # noqa: B018  # required
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise WireError(f"not a ticket: {e}") from e
         if not WIRE_VERSION - 1 <= version <= WIRE_VERSION:
-            raise WireError(f"ticket version {version} is not understood (this is {WIRE_VERSION}): upgrade the older side")
-        known = {k: v for k, v in body.items() if k in _TICKET_FIELDS}
+            raise WireError(
+                f"ticket version {version} is not understood (this is {WIRE_VERSION}): upgrade the older side"
+            )
+        known: dict[str, Any] = {"stage_id": "", "client_id": "", "model": ""}  # empty ones are refused below
+        known |= {k: v for k, v in body.items() if k in _TICKET_FIELDS}
         for name in ("excluded_engines", "features"):
             if name in known:
                 known[name] = tuple(known[name])
@@ -182,7 +184,9 @@ class Ticket:
 
 _MISSING: Final = object()
 _TICKET_FIELDS: Final = {f.name for f in dataclasses.fields(Ticket)}
-_TICKET_DEFAULTS: Final = {f.name: f.default for f in dataclasses.fields(Ticket) if f.default is not dataclasses.MISSING}
+_TICKET_DEFAULTS: Final = {
+    f.name: f.default for f in dataclasses.fields(Ticket) if f.default is not dataclasses.MISSING
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

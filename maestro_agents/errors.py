@@ -1,20 +1,20 @@
 """Every error of Maestro, one tree. The message defaults to the docstring, so each explains itself.
 
-    MaestroError
-      ConfigError            yours: a setting, a fleet file, an argument
-      QueueError             the queue
-        QueueUnavailable       Redis cannot be reached
-        QueueFull              refused early: the bound was reached        (retry_after_s)
-        StageRefused           refused early: the deadline cannot be met   (retry_after_s)
-        WaitTooLong            the gate's maximum wait passed
-        RunGone                the run that owned the call ended while it waited
-        LeaseLost              our grant is no longer ours
-        IllegalMove            a bug: the lifecycle has no such move
-      RoutingError
-        NoEngineFits           no engine of the fleet could ever serve this stage
-      EngineError
-        EngineUnavailable      an engine does not answer
-      WireError              a message that this version does not understand
+MaestroError
+  ConfigError            yours: a setting, a fleet file, an argument
+  QueueError             the queue
+    QueueUnavailable       Redis cannot be reached
+    QueueFull              refused early: the bound was reached        (retry_after_s)
+    StageRefused           refused early: the deadline cannot be met   (retry_after_s)
+    WaitTooLong            the gate's maximum wait passed
+    RunGone                the run that owned the call ended while it waited
+    LeaseLost              our grant is no longer ours
+    IllegalMove            a bug: the lifecycle has no such move
+  RoutingError
+    NoEngineFits           no engine of the fleet could ever serve this stage
+  EngineError
+    EngineUnavailable      an engine does not answer
+  WireError              a message that this version does not understand
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from maestro_agents.core import Observation, RunEnd, Status, Ticket
 
@@ -114,18 +115,19 @@ def busy_after(stages: list[Observation], after_s: float) -> float:
     return total
 
 
-def llm_heights(spec: dict[str, list[object]]) -> dict[str, int]:
+def llm_heights(spec: Mapping[str, Any]) -> dict[str, int]:
     """LLM nodes on the longest static path after each node; every loop is walked once."""
-    llm = {str(n["id"]): n.get("llm") != "no" for n in spec["nodes"]}  # type: ignore[attr-defined, index]
+    llm = {str(n["id"]): n.get("llm") != "no" for n in spec["nodes"]}
     follow: defaultdict[str, list[str]] = defaultdict(list)
     for edge in spec["edges"]:
-        follow[str(edge[0])].append(str(edge[1]))  # type: ignore[index]
+        follow[str(edge[0])].append(str(edge[1]))
     done: dict[str, int] = {}
     for start in llm:
         if start in done:
             continue
         # Depth first without recursion: a graph may be deeper than Python's stack.
-        path, todo = {start}, [(start, iter(follow[start]))]
+        path = {start}
+        todo: list[tuple[str, Iterator[str]]] = [(start, iter(follow[start]))]
         while todo:
             node, rest = todo[-1]
             for after in rest:

@@ -1,7 +1,7 @@
 """The smallest program: one node, one call. What a call costs more under Maestro is measured on it (`maestro bench overhead`).
 
-    export OPENAI_BASE_URL=http://localhost:8000/v1
-    python -m sample_workflows.one_call "Is the shop open on Sunday?"
+export OPENAI_BASE_URL=http://localhost:8000/v1
+python -m sample_workflows.one_call "Is the shop open on Sunday?"
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
+
 from maestro_langgraph import maestro
 
 

@@ -53,6 +53,8 @@ class StubServer:
 
     requests: list[Seen] = field(default_factory=list)
     failures: deque[int] = field(default_factory=deque)
+    #: Streams that break before their first event.
+    deaths: int = 0
     port: int = 0
 
     def __post_init__(self) -> None:
@@ -111,6 +113,7 @@ class StubServer:
     def reset(self) -> None:
         self.requests.clear()
         self.failures.clear()
+        self.deaths = 0
         self.hold()
 
     def stop(self) -> None:
@@ -183,6 +186,9 @@ class StubServer:
     async def _stream(self, request: Request, seen: Seen, events: list[str]) -> AsyncIterator[str]:
         die = re.search(r"\[\[die=(\d+)\]\]", seen.raw)
         try:
+            if self.deaths:
+                self.deaths -= 1
+                raise ConnectionAbortedError
             for n, event in enumerate(events):
                 if die and n == int(die.group(1)):
                     raise ConnectionAbortedError

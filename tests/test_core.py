@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maestro_agents.core import TERMINAL, TRANSITIONS, Command, EngineSpec, ServiceClass, Status, Ticket, kv_need_bytes, move
+from maestro_agents.core import (
+    TERMINAL,
+    TRANSITIONS,
+    Command,
+    EngineSpec,
+    ServiceClass,
+    Status,
+    Ticket,
+    kv_need_bytes,
+    move,
+)
 from maestro_agents.errors import IllegalMove, WireError
 
 

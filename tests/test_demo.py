@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from maestro_agents import client
 from maestro_agents.cli import demo, demo_input, demo_report
 from maestro_agents.cli.demo_report import RunResult
 from maestro_agents.core import ServiceClass
@@ -256,6 +257,24 @@ def test_ctrl_c_ends_the_demo_and_all_it_started(tmp_path):
     assert "Traceback" not in err
     with socket.socket() as s:
         assert s.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.slow
+def test_without_any_redis_the_demo_runs_in_one_process_and_says_so(tmp_path, monkeypatch, capsys):
+    """No server on PATH, none bundled: the queue is in memory, and both passes still complete."""
+    monkeypatch.setattr(demo, "find_server", lambda: None)
+    monkeypatch.setattr(client, "_overrides", {})
+    demo.run(runs=4, png=tmp_path / "out.png", as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert "inside this process" in found["redis"]
+    assert [sum(c["done"] for c in classes.values()) for classes in found["policies"].values()] == [4, 4]
+
+
+def test_keep_without_any_redis_is_refused(monkeypatch):
+    """There would be nothing that others could join."""
+    monkeypatch.setattr(demo, "find_server", lambda: None)
+    with pytest.raises(ConfigError, match="--keep needs a Redis"):
+        demo.run(keep=True)
 
 
 def test_a_picture_that_has_no_folder_is_told_before_anything_starts(tmp_path):

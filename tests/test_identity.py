@@ -29,6 +29,7 @@ from maestro_agents.client import Client
 from maestro_agents.core import RunEnd, ServiceClass, Ticket
 from maestro_agents.errors import RunGone
 from maestro_langgraph import identity, maestro, quiet, runs
+from maestro_langgraph.graph import Workflow
 from maestro_langgraph.identity import MaestroHandler
 from maestro_langgraph.options import Options
 from tests.stub_openai import StubServer, managed, stub_servers, until, waiting
@@ -229,6 +230,19 @@ def test_several_handlers_on_one_run_count_each_event_once(
     assert [(t.node, t.visit, t.role) for t in tickets] == [("sub:node", 0, "outer:sub:node")]
     assert [e.outcome for e in ends] == ["done"]
     assert ends[0].workflow == tickets[0].workflow != ""
+
+
+def test_the_graphs_own_handler_knows_more_than_the_process_wide_one(ends: list[RunEnd]) -> None:
+    """Whichever hears of a run first: workflow, name and options are those of the graph."""
+    workflow = Workflow(fingerprint="f", spec="{}")
+    root = uuid4()
+    MaestroHandler().on_chain_start(None, {}, run_id=root, name="g")
+    MaestroHandler(workflow, Options.check({"tenant": "graph"})).on_chain_start(None, {}, run_id=root, name="g")
+    run = runs.find(root)
+    assert run
+    assert (run.workflow, run.name, run.options.tenant) == (workflow, "g", "graph")
+    MaestroHandler().on_chain_end({}, run_id=root)
+    assert runs.live() == 0
 
 
 # -- terms of a run ----------------------------------------------------------------------------------------------------

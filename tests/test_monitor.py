@@ -13,7 +13,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from maestro_agents.cli import monitor
+from maestro_agents.cli import monitor, snapshot
 from maestro_agents.core import EngineSpec, Grant, Observation, RunEnd, ServiceClass, Status, Ticket
 from maestro_agents.errors import ConfigError, QueueUnavailable
 from maestro_agents.queue.embedded import EmbeddedRedis
@@ -76,7 +76,7 @@ async def ended_stage(queue: MemoryQueue, stage_id: str, wait_s: float) -> None:
     assert await queue.finish(observation, token=given.token, now_s=60.0)
 
 
-def text_of(snapshot: monitor.Snapshot, *, width: int, height: int) -> str:
+def text_of(snapshot: snapshot.Snapshot, *, width: int, height: int) -> str:
     """What a terminal of this size shows."""
     out = StringIO()
     Console(file=out, width=width, height=height).print(monitor.render(snapshot, height=height))
@@ -85,18 +85,18 @@ def text_of(snapshot: monitor.Snapshot, *, width: int, height: int) -> str:
 
 async def test_a_snapshot_counts_what_waits_what_runs_and_what_is_reserved():
     """Depth, age, running and reservations are those of the queue."""
-    snapshot = await monitor.Watch(await busy_queue(), source="here", now_s=lambda: 100.0).snapshot()
-    interactive, batch = snapshot.lines
+    seen = await snapshot.Watch(await busy_queue(), source="here", now_s=lambda: 100.0).snapshot()
+    interactive, batch = seen.lines
     assert (interactive.waiting, interactive.oldest_s, interactive.running) == (1, 10.0, 1)
     assert (batch.waiting, batch.running) == (1, 0)
-    assert snapshot.depth == {"m": 2}
-    first, second = snapshot.engines
+    assert seen.depth == {"m": 2}
+    first, second = seen.engines
     assert (first.reserved_slots, first.reserved_kv_bytes, second.reserved_slots) == (1, 2**28, 0)
 
 
 async def test_the_last_runs_are_counted_by_class_with_their_deadlines():
     """Two of three interactive runs met their deadline; no batch run ended, so there is no line for them."""
-    (line,) = (await monitor.Watch(await busy_queue(), source="here").snapshot()).runs
+    (line,) = (await snapshot.Watch(await busy_queue(), source="here").snapshot()).runs
     assert (line.service_class, line.done, line.met, line.promised) == (ServiceClass.INTERACTIVE, 3, 2, 3)
     assert (line.p50_s, line.p95_s) == (6.0, 50.0)
 
@@ -104,7 +104,7 @@ async def test_the_last_runs_are_counted_by_class_with_their_deadlines():
 async def test_waits_come_from_the_log_and_each_entry_is_read_once():
     """A second look adds only what happened since the first."""
     queue = await busy_queue()
-    watch = monitor.Watch(queue, source="here", now_s=lambda: 100.0)
+    watch = snapshot.Watch(queue, source="here", now_s=lambda: 100.0)
     await ended_stage(queue, "one", 2.0)
     assert (await watch.snapshot()).lines[0].wait_p50_s == 2.0
     await ended_stage(queue, "two", 4.0)
@@ -115,7 +115,7 @@ async def test_waits_come_from_the_log_and_each_entry_is_read_once():
 async def test_a_queue_that_goes_away_is_named_and_comes_back(monkeypatch):
     """The last snapshot stays, with the trouble beside it, until the queue answers again."""
     queue = await busy_queue()
-    watch = monitor.Watch(queue, source="here", now_s=lambda: 100.0)
+    watch = snapshot.Watch(queue, source="here", now_s=lambda: 100.0)
     healthy = await watch.snapshot()
 
     async def down(*_args: object) -> None:
@@ -132,7 +132,7 @@ async def test_a_queue_that_goes_away_is_named_and_comes_back(monkeypatch):
 async def test_a_restarted_store_is_read_from_its_beginning(monkeypatch):
     """What the log of the old incarnation said is forgotten, so nothing is counted twice."""
     queue = await busy_queue()
-    watch = monitor.Watch(queue, source="here", now_s=lambda: 100.0)
+    watch = snapshot.Watch(queue, source="here", now_s=lambda: 100.0)
     before = await watch.snapshot()
 
     async def another() -> str:
@@ -148,7 +148,7 @@ async def test_the_picture_fits_the_terminal(width, height):
     queue = await busy_queue()
     await ended_stage(queue, "one", 2.0)
     text = text_of(
-        await monitor.Watch(queue, source="redis://127.0.0.1:6379  pool default", now_s=lambda: 100.0).snapshot(),
+        await snapshot.Watch(queue, source="redis://127.0.0.1:6379  pool default", now_s=lambda: 100.0).snapshot(),
         width=width,
         height=height,
     )
@@ -166,7 +166,7 @@ async def test_the_picture_fits_the_terminal(width, height):
 def test_what_does_not_fit_is_counted():
     """Twenty models on forty engines still fit 24 lines; the rest is named by number."""
     lines = tuple(
-        monitor.Line(
+        snapshot.Line(
             model=f"model-{i}",
             service_class=c,
             waiting=0,
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_counted():
         for c in ServiceClass
     )
     engines = tuple(
-        monitor.EngineLine(
+        snapshot.EngineLine(
             engine_id=f"e{i}",
             model="m",
             slots=8,
@@ -190,8 +190,8 @@ def test_what_does_not_fit_is_counted():
         )
         for i in range(40)
     )
-    snapshot = monitor.Snapshot(at_s=0.0, source="here", depth={"m": 1_500}, lines=lines, engines=engines)
-    text = text_of(snapshot, width=80, height=24)
+    seen = snapshot.Snapshot(at_s=0.0, source="here", depth={"m": 1_500}, lines=lines, engines=engines)
+    text = text_of(seen, width=80, height=24)
     assert len(text.rstrip("\n").split("\n")) <= 24
     shown = sum(row.startswith("model-") for row in text.split("\n"))
     assert f"{40 - shown} more lines" in text
@@ -202,21 +202,21 @@ def test_what_does_not_fit_is_counted():
 def test_a_queue_without_a_fleet_says_what_is_missing():
     """An empty pool is no empty screen."""
     assert "is a scheduler running?" in text_of(
-        monitor.Snapshot(at_s=0.0, source="here", depth={}), width=80, height=24
+        snapshot.Snapshot(at_s=0.0, source="here", depth={}), width=80, height=24
     )
 
 
 async def test_json_is_plain_and_unknown_numbers_are_null():
     """The JSON parses strictly: no NaN, no Infinity."""
-    snapshot = await monitor.Watch(await busy_queue(), source="here", now_s=lambda: 100.0).snapshot()
-    body = json.loads(json.dumps(snapshot.to_json(), allow_nan=False))
+    seen = await snapshot.Watch(await busy_queue(), source="here", now_s=lambda: 100.0).snapshot()
+    body = json.loads(json.dumps(seen.to_json(), allow_nan=False))
     assert body["lines"][0]["wait_p50_s"] is None
     assert body["engines"][0]["reserved_slots"] == 1
 
 
 async def test_ls_names_running_stages_first_and_waiting_ones_as_they_are_due():
     """The order on the screen is the order of service."""
-    held = await monitor.entries(await busy_queue())
+    held = await snapshot.entries(await busy_queue())
     assert [(e.ticket.stage_id, e.status) for e in held] == [
         ("runs", Status.GRANTED),
         ("nobody", Status.QUEUED),
@@ -232,36 +232,36 @@ async def test_the_beginning_of_an_id_names_a_stage_unless_it_names_several():
     queue = await busy_queue()
     await queue.push(ticket("waits~1"), engines=ENGINES, now_s=90.0)
     await queue.push(ticket("waits~2"), engines=ENGINES, now_s=90.0)
-    held = await monitor.entries(queue)
+    held = await snapshot.entries(queue)
     for typed, stage_id in (("nob", "nobody"), ("waits", "waits"), ("waits~2", "waits~2")):
-        entry = monitor.named(held, typed)
+        entry = snapshot.named(held, typed)
         assert entry is not None
         assert entry.ticket.stage_id == stage_id
     with pytest.raises(ConfigError, match="2 stages begin with 'waits~'"):
-        monitor.named(held, "waits~")
+        snapshot.named(held, "waits~")
 
 
 async def test_show_finds_a_stage_that_waits_that_runs_and_that_has_ended():
     """Whatever became of a stage, its numbers are shown; a deadline that nobody set is null."""
     queue = await busy_queue()
     await ended_stage(queue, "ended", 2.0)
-    assert (await monitor.find(queue, "waits"))["status"] == "queued"
-    running = await monitor.find(queue, "runs")
+    assert (await snapshot.find(queue, "waits"))["status"] == "queued"
+    running = await snapshot.find(queue, "runs")
     assert (running["status"], running["engine_id"], running["deadline_at_s"]) == ("granted", "engine-0", None)
-    assert (await monitor.find(queue, "ended"))["status"] == "done"
+    assert (await snapshot.find(queue, "ended"))["status"] == "done"
 
 
 async def test_show_of_an_unknown_stage_says_where_to_look():
     """A wrong id is the user's error, in one line."""
     with pytest.raises(ConfigError, match=r"no stage 'x'.*maestro queue ls"):
-        await monitor.find(await busy_queue(), "x")
+        await snapshot.find(await busy_queue(), "x")
 
 
 async def test_cancel_refuses_a_waiting_stage_and_tells_its_caller():
     """It is gone from the queue, and the client's inbox says so: it need not find out by waiting."""
     queue = await busy_queue()
     await queue.verdicts("c", 0.0)
-    assert await monitor.cancel(queue, "wai", now_s=100.0) == "waits"
+    assert await snapshot.cancel(queue, "wai", now_s=100.0) == "waits"
     assert queue.status("waits") is Status.REFUSED
     assert [v.stage_id for v in await queue.verdicts("c", 0.0)] == ["waits"]
 
@@ -274,18 +274,18 @@ async def test_cancel_of_anything_else_changes_nothing_and_says_why(stage, says)
     """A running call is its app's to end; what has ended or never was cannot be withdrawn."""
     queue = await busy_queue()
     await ended_stage(queue, "ended", 2.0)
-    before = await monitor.entries(queue)
+    before = await snapshot.entries(queue)
     with pytest.raises(ConfigError, match=says):
-        await monitor.cancel(queue, stage, now_s=100.0)
-    assert await monitor.entries(queue) == before
+        await snapshot.cancel(queue, stage, now_s=100.0)
+    assert await snapshot.entries(queue) == before
     assert queue.status("ended") is Status.DONE
 
 
 def test_percentile_is_the_nearest_rank():
     """Of twenty values the 95th percentile is the nineteenth; of none it is unknown."""
-    assert monitor.percentile(range(1, 21), 0.95) == 19
-    assert monitor.percentile((7.0,), 0.5) == 7.0
-    assert math.isnan(monitor.percentile((), 0.5))
+    assert snapshot.percentile(range(1, 21), 0.95) == 19
+    assert snapshot.percentile((7.0,), 0.5) == 7.0
+    assert math.isnan(snapshot.percentile((), 0.5))
 
 
 async def test_top_outlives_a_redis_that_is_killed_and_started_again():
@@ -295,7 +295,7 @@ async def test_top_outlives_a_redis_that_is_killed_and_started_again():
             pytest.skip("no Redis server is here to start")
         queue = RedisQueue(redis.url)
         try:
-            watch = monitor.Watch(queue, source="here")
+            watch = snapshot.Watch(queue, source="here")
             assert (await watch.snapshot()).trouble == ""
             os.kill(redis.pid, signal.SIGKILL)
             while not (await watch.snapshot()).trouble:
@@ -304,3 +304,43 @@ async def test_top_outlives_a_redis_that_is_killed_and_started_again():
             assert (await watch.snapshot()).trouble == ""
         finally:
             await queue.close()
+
+
+def test_without_a_redis_url_the_commands_say_what_to_set(monkeypatch):
+    """A queue inside another process cannot be seen from here."""
+    monkeypatch.delenv("MAESTRO_REDIS_URL", raising=False)
+    with pytest.raises(ConfigError, match=r"which Redis\? Set MAESTRO_REDIS_URL"):
+        monitor.list_stages()
+
+
+def test_one_look_at_a_redis_that_is_not_there_is_an_error():
+    """`--once` is for scripts: it does not wait for better times."""
+    with pytest.raises(QueueUnavailable):
+        monitor.top(redis_url="redis://127.0.0.1:9/0", once=True)
+
+
+def test_the_commands_speak_to_a_real_redis(capsys):
+    """What another process pushed is listed, shown and withdrawn by its id."""
+    with EmbeddedRedis() as redis:
+        if redis.url is None:
+            pytest.skip("no Redis server is here to start")
+
+        async def push() -> None:
+            queue = RedisQueue(redis.url or "")
+            epoch = await queue.lead("s", ttl_s=60.0, now_s=0.0)
+            assert epoch is not None
+            await queue.publish(ENGINES, p99={}, epoch=epoch, valid_until_s=0.0)
+            await queue.push(ticket("waits"), engines=ENGINES, now_s=90.0)
+            await queue.close()
+
+        asyncio.run(push())
+        monitor.top(redis_url=redis.url, once=True, as_json=True)
+        assert json.loads(capsys.readouterr().out)["depth"] == {"m": 1}
+        monitor.list_stages(redis_url=redis.url, as_json=True)
+        assert [e["stage_id"] for e in json.loads(capsys.readouterr().out)] == ["waits"]
+        monitor.show_stage("wai", redis_url=redis.url)
+        assert "support:draft" in capsys.readouterr().out
+        monitor.cancel_stage("wai", redis_url=redis.url, yes=True)
+        assert "waits is withdrawn" in capsys.readouterr().out
+        monitor.list_stages(redis_url=redis.url)
+        assert "empty" in capsys.readouterr().out

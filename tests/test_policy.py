@@ -15,7 +15,9 @@ NOW = 1_790_000_000.0
 
 
 def ticket(stage_id: str, **changes: object) -> Ticket:
-    base = Ticket(stage_id=stage_id, client_id="c", model="m", role="r", prompt_tokens=100, pushed_at_s=NOW, due_at_s=NOW)
+    base = Ticket(
+        stage_id=stage_id, client_id="c", model="m", role="r", prompt_tokens=100, pushed_at_s=NOW, due_at_s=NOW
+    )
     return base.evolve(**changes)
 
 
@@ -32,7 +34,7 @@ def engine(engine_id: str = "a", **changes: object) -> EngineState:
     return EngineState(spec=EngineSpec(**spec), **state)  # type: ignore[arg-type]
 
 
-def decide(tickets: list[Ticket], predictions: list[Prediction], engines: list[EngineState], order: str = "ours"):  # noqa: ANN201
+def decide(tickets: list[Ticket], predictions: list[Prediction], engines: list[EngineState], order: str = "ours"):
     by_id = {t.stage_id: p for t, p in zip(tickets, predictions, strict=True)}
     return plan(Snapshot(tickets=tickets, predictions=by_id, engines=engines), ORDERS[order], epoch=3, now_s=NOW)
 
@@ -61,13 +63,18 @@ def test_a_late_run_is_not_starved() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 50), st.floats(0, 50), st.floats(-10, 700), st.floats(0, 2000)), min_size=1, max_size=8)
+    st.lists(
+        st.tuples(st.floats(0, 50), st.floats(0, 50), st.floats(-10, 700), st.floats(0, 2000)), min_size=1, max_size=8
+    )
 )
 def test_no_stage_is_passed_by_one_pushed_later_than_the_bound(rows: list[tuple[float, float, float, float]]) -> None:
     """The starvation bound holds for any predictions and deadlines."""
     for service, remaining, deadline, age in rows:
         t = ticket("s", pushed_at_s=NOW - age, deadline_at_s=NOW + deadline)
-        bound = max(*priority.LATE_S.values(), priority.STRETCH * (service + remaining) + priority.SLACK_SHARE * priority.MAX_SLACK_S)
+        bound = max(
+            *priority.LATE_S.values(),
+            priority.STRETCH * (service + remaining) + priority.SLACK_SHARE * priority.MAX_SLACK_S,
+        )
         assert priority.ours(t, prediction(service, remaining), NOW) <= t.pushed_at_s + bound + 1e-6
 
 
@@ -158,6 +165,9 @@ def test_interactive_and_batch_share_by_slack() -> None:
     """At equal remaining work the run with less time goes first; a batch run that waited long enough goes before it."""
     batch = {"service_class": ServiceClass.BATCH, "deadline_at_s": NOW + 600}
     urgent = ticket("urgent", deadline_at_s=NOW + 10)
-    assert decide([ticket("batch", **batch), urgent], [prediction()] * 2, [engine(slots=1)]).grants[0][0].stage_id == "urgent"
+    assert (
+        decide([ticket("batch", **batch), urgent], [prediction()] * 2, [engine(slots=1)]).grants[0][0].stage_id
+        == "urgent"
+    )
     old = ticket("batch", **{**batch, "pushed_at_s": NOW - 90})
     assert decide([old, urgent], [prediction()] * 2, [engine(slots=1)]).grants[0][0].stage_id == "batch"

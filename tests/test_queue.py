@@ -35,13 +35,28 @@ async def queue(request: pytest.FixtureRequest, redis_url: str) -> AsyncIterator
 
 def ticket(stage_id: str, **changes: object) -> Ticket:
     base = Ticket(
-        stage_id=stage_id, client_id="app", model="m", role="r", prompt_tokens=100, max_tokens=50, due_at_s=NOW, pushed_at_s=NOW
+        stage_id=stage_id,
+        client_id="app",
+        model="m",
+        role="r",
+        prompt_tokens=100,
+        max_tokens=50,
+        due_at_s=NOW,
+        pushed_at_s=NOW,
     )
     return base.evolve(**changes)
 
 
 def wish(stage_id: str, engine_id: str = "a", epoch: int = 1, kv_bytes: int = 150) -> Grant:
-    return Grant(stage_id=stage_id, engine_id=engine_id, token=0, epoch=epoch, kv_bytes=kv_bytes, priority=7, because={"decode_s": 1.5})
+    return Grant(
+        stage_id=stage_id,
+        engine_id=engine_id,
+        token=0,
+        epoch=epoch,
+        kv_bytes=kv_bytes,
+        priority=7,
+        because={"decode_s": 1.5},
+    )
 
 
 def done(t: Ticket, engine_id: str = "a", status: Status = Status.DONE) -> Observation:

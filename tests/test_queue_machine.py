@@ -82,7 +82,9 @@ class Walk(RuleBasedStateMachine):
         ticket = self.tickets.get(stage)
         if ticket is None:
             return
-        wish = Grant(stage_id=stage, engine_id=engine, token=0, epoch=self.epoch - stale, kv_bytes=kv, because={"decode_s": 0.25})
+        wish = Grant(
+            stage_id=stage, engine_id=engine, token=0, epoch=self.epoch - stale, kv_bytes=kv, because={"decode_s": 0.25}
+        )
         given = self.both("grant", wish, ticket, now_s=self.now_s)
         if given is not None:
             self.tokens[stage] = given.token
@@ -114,7 +116,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(client=CLIENTS, waiting=st.sets(STAGES), held=st.sets(STAGES))
     def renew(self, client: str, waiting: set[str], held: set[str]) -> None:
-        stages = {s: 0 for s in sorted(waiting)} | {s: self.tokens.get(s, 7) for s in sorted(held)}
+        stages = dict.fromkeys(sorted(waiting), 0) | {s: self.tokens.get(s, 7) for s in sorted(held)}
         self.both("renew", client, stages, now_s=self.now_s)
 
     @rule(stage=STAGES, granted=st.booleans())

@@ -1,8 +1,8 @@
 """`maestro demo`: the same runs twice on the same two engines, first come first served and under Maestro.
 
 Real: LangGraph and the sample app, the decorator and the gate, Redis, the scheduler, every HTTP call. Emulated: the two
-engines, whose timing comes from a model and whose answers are filler. The workload (`demo_input`) and the deadlines are
-fixed before anything runs; what is counted and drawn is in `demo_report`. Engines, Redis and schedulers are processes of
+engines, whose timing comes from a model and whose answers are filler. The workload (`demo_input`) and the deadlines (`demo_pass`)
+are fixed before anything runs; what is counted and drawn is in `demo_report`. Engines, Redis and schedulers are processes of
 their own; the app is this one, on one event loop.
 """
 
@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import importlib
 import json
-import math
-import random
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Self, TypeVar
 
 import typer
 from rich.console import Console, Group
@@ -30,25 +25,20 @@ from rich.table import Table
 from rich.text import Text
 
 from maestro_agents.cli.demo_input import MESSAGES, Arrival, Messages, arrivals, read_messages
+from maestro_agents.cli.demo_pass import DEADLINES_S, Pass, length_of, sample
 from maestro_agents.cli.demo_report import LABEL, TITLES, RunResult, comparison, picture, table
-from maestro_agents.cli.monitor import Snapshot, Watch
+from maestro_agents.cli.snapshot import Snapshot, Watch
 from maestro_agents.cli.up import Stack
 from maestro_agents.client import Client
-from maestro_agents.core import EngineSpec, Observation, ServiceClass
-from maestro_agents.errors import ConfigError, EngineError
-from maestro_agents.fleet import Fleet, Launch
-from maestro_agents.queue.redis import RedisClock, RedisQueue
+from maestro_agents.core import EngineSpec, Observation, RunEnd, ServiceClass
+from maestro_agents.errors import ConfigError
+from maestro_agents.fleet import Fleet, Launch, write_fleet
+from maestro_agents.policy import ORDERS
+from maestro_agents.queue.embedded import find_server
+
+T = TypeVar("T")
 
 MODEL: Final = "emulated"
-DEADLINES_S: Final[Mapping[ServiceClass, float]] = {ServiceClass.INTERACTIVE: 6.0, ServiceClass.BATCH: 60.0}
-"""Fixed beforehand: about three times what a run takes on idle engines; batch has ample time."""
-
-LENGTHS: Final = {"classify": 6, "order": 120, "account": 90, "policy": 120, "history": 90, "draft": 260, "review": 12}
-"""Median output tokens by node. An emulated engine cannot know how long an answer should be, so the demo says so."""
-
-SPREAD: Final = 0.35
-"""Standard deviation of the lengths' logarithm."""
-
 SLOTS: Final = 4
 FLEET: Final = Fleet(
     pool="demo",
@@ -59,7 +49,6 @@ FLEET: Final = Fleet(
 )
 """Two engines of four places each: together some 2.1 runs a second, less than what arrives."""
 
-LOOK_EVERY_S: Final = 0.5
 SAY_EVERY_S: Final = 5.0
 BAR: Final = 30
 """Longest bar of waiting calls, in characters."""
@@ -81,109 +70,6 @@ then `maestro up fleet.toml`, and in your own LangGraph app:
         ...
         return graph.compile()
 """
-
-
-def sample(name: str) -> ModuleType:
-    """A sample workflow's module: from the wheel (``maestro_agents._samples``) or, in a checkout, from its folder."""
-    installed = "maestro_agents._samples"
-    try:
-        return importlib.import_module(f"{installed}.{name}")
-    except ModuleNotFoundError as e:
-        if e.name != installed:
-            raise
-    return importlib.import_module(f"sample_workflows.{name}")
-
-
-def length_of(node: str, prompt: str) -> dict[str, Any]:
-    """How long the emulated answer is to be, as a request field: the same for the same prompt, in both passes."""
-    rng = random.Random(hashlib.sha256(f"{node}\n{prompt}".encode()).digest())
-    wanted = round(LENGTHS[node] * math.exp(rng.gauss(0.0, SPREAD)))
-    return {"min_tokens": min(max(1, wanted), sample("support_triage").MAX_TOKENS[node])}
-
-
-class Pass:
-    """One policy serving the whole workload: the app's side, and what can be seen of it meanwhile."""
-
-    def __init__(self, policy: str, plan: Sequence[Arrival], *, queue: RedisQueue, watch: Watch, app: Any) -> None:
-        self.policy = policy
-        self.plan = plan
-        self.results: list[RunResult] = []
-        self.snapshot: Snapshot | None = None
-        self._queue = queue
-        self._watch = watch
-        self._app = app
-        self._began_s = 0.0
-        self._run_ids: dict[str, int] = {}
-
-    async def run(self, look: Callable[[Pass], None]) -> list[RunResult]:
-        """Serve every arrival at its moment; ``look`` is called twice a second. Results in order of arrival."""
-        from maestro_langgraph import maestro
-
-        # Both passes begin warm: connections open, imports done, one run served.
-        try:
-            with maestro.options(service_class="batch", deadline_s=DEADLINES_S[ServiceClass.BATCH]):
-                await self._app.ainvoke({"message": MESSAGES[0]})
-        except Exception as e:  # LangGraph and the SDK raise what they like; the demo cannot go on
-            raise EngineError(f"the first run of the sample failed: {type(e).__name__}: {e}") from e
-        self._began_s = time.monotonic()
-        watcher = asyncio.create_task(self._look(look))
-        try:
-            async with asyncio.TaskGroup() as group:
-                for arrival in self.plan:
-                    group.create_task(self._one(arrival))
-            await self._read_waits()
-        finally:
-            watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
-        look(self)
-        return self.results
-
-    async def _one(self, arrival: Arrival) -> None:
-        from maestro_langgraph import maestro
-
-        await asyncio.sleep(self._began_s + arrival.at_s - time.monotonic())
-        deadline_s = DEADLINES_S[arrival.service_class]
-        run_id = uuid.uuid4()
-        self._run_ids[str(run_id)] = arrival.index
-        arrived_s = time.monotonic()
-        error = ""
-        try:
-            with maestro.options(service_class=arrival.service_class, deadline_s=deadline_s):
-                await self._app.ainvoke({"message": arrival.message}, {"run_id": run_id})
-        except Exception as e:  # whatever a run ends with is a result, and is shown
-            error = f"{type(e).__name__}: {e}"[:300]
-        self.results.append(
-            RunResult(
-                policy=self.policy,
-                index=arrival.index,
-                service_class=arrival.service_class,
-                arrived_s=arrived_s - self._began_s,
-                took_s=time.monotonic() - arrived_s,
-                deadline_s=deadline_s,
-                error=error,
-            )
-        )
-
-    async def _look(self, look: Callable[[Pass], None]) -> None:
-        while True:
-            self.snapshot = await self._watch.snapshot()
-            look(self)
-            await asyncio.sleep(LOOK_EVERY_S)
-
-    async def _read_waits(self) -> None:
-        """Add to each result what its calls waited, from the queue's observation log. The last reports may be on their way."""
-        waits: dict[int, list[float]] = {r.index: [] for r in self.results}
-        expected = sum(r.done for r in self.results) * len(LENGTHS)
-        at, give_up_s = "", time.monotonic() + 3.0
-        while sum(map(len, waits.values())) < expected and time.monotonic() < give_up_s:
-            at, entries = await self._queue.read_log(at, 1_000)
-            for entry in entries:
-                if isinstance(entry, Observation) and entry.run_id in self._run_ids:
-                    waits[self._run_ids[entry.run_id]].append(entry.wait_s)
-            if not entries:
-                await asyncio.sleep(0.05)
-        self.results = sorted((r.with_waits(waits[r.index]) for r in self.results), key=lambda r: r.index)
 
 
 # -- what is seen while it runs ------------------------------------------------------------------------------------------
@@ -251,22 +137,53 @@ def progress_table(now: Pass) -> Table:
 
 
 # -- both passes ---------------------------------------------------------------------------------------------------------
-async def both_passes(stack: Stack, plan: Sequence[Arrival], view: View, *, app: Any) -> list[RunResult]:
-    """Serve the plan once under each policy, on one fleet, each in a new pool: neither knows what another learned."""
+class Elsewhere:
+    """The queue as this process's client holds it: it lives on the client's own event loop, so it is asked over there."""
+
+    def __init__(self, client: Client, *, source: str) -> None:
+        self._room = client._room
+        self._source = source
+        self._now_s = client.now_s
+        self._watch: Watch | None = None
+
+    async def read_log(self, after: str, n: int) -> tuple[str, Sequence[Observation | RunEnd]]:
+        return await self._ask(self._room.queue.read_log(after, n))
+
+    async def snapshot(self) -> Snapshot:
+        self._watch = self._watch or Watch(self._room.queue, source=self._source, now_s=self._now_s)
+        return await self._ask(self._watch.snapshot())
+
+    async def joined(self, policy: str) -> None:
+        """Wait until the client has joined its pool; where it schedules itself (no Redis), by this policy."""
+        await self._ask(self._room.ready.wait())
+        if self._room.scheduler is not None:
+            self._room.scheduler.order = ORDERS[policy]
+
+    async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(question, self._room.loop))
+
+
+async def both_passes(stack: Stack, plan: Sequence[Arrival], view: View, *, app: Any, redis: bool) -> list[RunResult]:
+    """Serve the plan once under each policy, on one fleet, each in a new pool: neither knows what another learned.
+
+    ``redis``: the scheduler is a process; else it runs in this one, as the queue does.
+    """
     results: list[RunResult] = []
     for policy, title in TITLES.items():
         pool = f"demo-{uuid.uuid4().hex[:8]}-{policy}"
         view.say(f"{title}: starting its scheduler, and one run to warm up")
-        await asyncio.to_thread(stack.start_scheduler, policy=policy, pool=pool)
-        Client.configure(redis_url=stack.redis_url, pool=pool, mode="on")
-        queue, clock = RedisQueue(stack.redis_url, pool=pool), RedisClock()
+        if redis:
+            await asyncio.to_thread(stack.start_scheduler, policy=policy, pool=pool)
+            Client.configure(redis_url=stack.redis_url, pool=pool, mode="on")
+        else:
+            write_fleet(stack.fleet, stack.logs / "fleet.toml")
+            Client.configure(redis_url="", fleet=stack.logs / "fleet.toml", pool=pool, mode="on")
         try:
-            await clock.sync(queue)
-            watch = Watch(queue, source=pool, now_s=clock.now_s)
-            results += await Pass(policy, plan, queue=queue, watch=watch, app=app).run(view.look)
+            queue = Elsewhere(Client.current(), source=pool)
+            await queue.joined(policy)
+            results += await Pass(policy, plan, queue=queue, watch=queue, app=app).run(view.look)
         finally:
             await asyncio.to_thread(Client.reset)
-            await queue.close()
     return results
 
 
@@ -294,6 +211,9 @@ def run(
     for path in (png, events):
         if path is not None and not path.resolve().parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}")
+    redis = redis_url is not None or find_server() is not None
+    if keep and not redis:
+        raise ConfigError("--keep needs a Redis that others can reach: install redis-server, or give --redis-url")
     plan = arrivals(messages.texts, runs=runs, seed=seed)
     try:
         with contextlib.ExitStack() as ends:
@@ -305,10 +225,10 @@ def run(
                 "model, their answers are filler)."
             )
             view.say("starting Redis and two engines")
-            stack.start(scheduler=False)
+            stack.start(redis=redis, scheduler=False)
             console.print(f"Queue: {stack.redis_says}.", markup=False)
             app = sample("support_triage").build(MODEL, stack.engines[0].url, length_of)
-            results = asyncio.run(both_passes(stack, plan, view, app=app))
+            results = asyncio.run(both_passes(stack, plan, view, app=app, redis=redis))
             view.say("drawing")
             picture(results, DEADLINES_S, png)
             view.__exit__()
@@ -334,7 +254,7 @@ def _report(console: Console, results: Sequence[RunResult], *, png: Path, events
         events.write_text("".join(r.encode() + "\n" for r in results), encoding="utf-8")
         console.print(f"Every run as a line: {events}", markup=False)
     console.print(
-        "\nThe two engines were emulated. LangGraph, the gate, Redis and the scheduler were real, and the order of the "
+        "\nThe two engines were emulated. LangGraph, the gate, the queue and the scheduler were real, and the order of the "
         "calls is all that differed between the passes.\n"
     )
     console.print(HOW_TO_REAL, markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from maestro_agents.cli.monitor import percentile
+from maestro_agents.cli.snapshot import percentile
 from maestro_agents.core import ServiceClass
 
 TITLES: Final[Mapping[str, str]] = {"fcfs": "First come, first served", "ours": "Maestro"}

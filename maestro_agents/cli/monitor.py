@@ -1,22 +1,18 @@
 """`maestro top` and `maestro queue`: what the queue holds now, and who gets what of the fleet.
 
-Three layers, each usable alone: `Watch` reads a snapshot from a `ports.Queue` (reading only), `render` turns a snapshot
-into something that rich prints (a pure function, tested as text), and the commands put the two together. Only
-``queue cancel`` changes anything, and it asks first.
+`snapshot` reads the queue; `render` turns what it found into something that rich prints (a pure function, tested as
+text); the commands put the two together. Only ``queue cancel`` changes anything, and it asks first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -24,201 +20,27 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from maestro_agents.core import EngineSpec, Observation, Refusal, RunEnd, ServiceClass, Status, Ticket
+from maestro_agents.cli.snapshot import (
+    HEADS,
+    EngineLine,
+    Entry,
+    Line,
+    RunLine,
+    Snapshot,
+    Watch,
+    cancel,
+    entries,
+    find,
+)
+from maestro_agents.core import Status
 from maestro_agents.errors import ConfigError, QueueUnavailable
-from maestro_agents.ports import Ledger, Queue, Reservation, Running
+from maestro_agents.ports import Queue
 from maestro_agents.queue.embedded import without_password
 from maestro_agents.queue.redis import RedisClock, RedisQueue
 from maestro_agents.settings import Settings
 
-HEADS: Final = 1_000
-"""Waiting stages read per model; beyond it the depth is still right, the split by class is of these."""
-
-RECENT: Final = 500
-"""Ended stages and runs that the percentiles and the deadlines are counted over."""
-
-PAGE: Final = 1_000
 SHOWN_ID: Final = 12
 """Characters of a stage's id on the screen; the beginning of an id names it everywhere."""
-
-
-# -- the snapshot --------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """One model and service class: what waits, what runs, how long the last ones waited."""
-
-    model: str
-    service_class: ServiceClass
-    waiting: int
-    oldest_s: float
-    running: int
-    #: Over the last stages that ended; NaN where none has.
-    wait_p50_s: float
-    wait_p95_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineLine:
-    """One engine and what is promised of it."""
-
-    engine_id: str
-    model: str
-    slots: int
-    reserved_slots: int
-    #: 0 while unknown: then slots alone admit.
-    kv_bytes: int
-    reserved_kv_bytes: int
-    #: Reservations of ended stages that the engine may still be computing.
-    draining: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunLine:
-    """The last runs of one service class that came to their end."""
-
-    service_class: ServiceClass
-    done: int
-    failed: int
-    #: Runs that had a deadline, and how many of them met it.
-    promised: int
-    met: int
-    p50_s: float
-    p95_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshot:
-    """The queue at one moment. ``trouble``: why the rest is old (Redis does not answer)."""
-
-    at_s: float
-    source: str
-    depth: Mapping[str, int]
-    lines: tuple[Line, ...] = ()
-    engines: tuple[EngineLine, ...] = ()
-    runs: tuple[RunLine, ...] = ()
-    trouble: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; a number that is not known is null."""
-        return _plain(dataclasses.asdict(self))
-
-
-def percentile(values: Sequence[float], q: float) -> float:
-    """The nearest-rank percentile; NaN of nothing."""
-    if not values:
-        return math.nan
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
-
-
-class Watch:
-    """Reads snapshots of one queue. Keeps its place in the observation log, so each entry is read once."""
-
-    def __init__(self, queue: Queue, *, source: str, now_s: Callable[[], float] = time.time) -> None:
-        self._queue = queue
-        self._source = source
-        self._now_s = now_s
-        self._log_at = ""
-        self._waits: dict[tuple[str, ServiceClass], deque[float]] = {}
-        self._runs: dict[ServiceClass, deque[RunEnd]] = {c: deque(maxlen=RECENT) for c in ServiceClass}
-        self._incarnation = ""
-        self._last: Snapshot | None = None
-
-    async def snapshot(self) -> Snapshot:
-        """What the queue holds now; where it does not answer, the last known with the trouble named. Never raises that."""
-        try:
-            self._last = await self._read()
-        except QueueUnavailable:
-            empty = Snapshot(at_s=self._now_s(), source=self._source, depth={})
-            return dataclasses.replace(self._last or empty, trouble="Redis does not answer, retrying")
-        return self._last
-
-    async def _read(self) -> Snapshot:
-        queue = self._queue
-        incarnation = await queue.incarnation()
-        if incarnation != self._incarnation:  # a store that restarted counts its log from the beginning
-            self._incarnation, self._log_at = incarnation, ""
-            self._waits.clear()
-            for ended in self._runs.values():
-                ended.clear()
-        await self._follow_log()
-        specs = await queue.fleet()
-        running = await queue.running()
-        models = sorted({s.model for s in specs} | {r.ticket.model for r in running})
-        heads = {model: await queue.heads(model, HEADS) for model in models}
-        return Snapshot(
-            at_s=self._now_s(),
-            source=self._source,
-            depth={model: await queue.depth(model) for model in models},
-            lines=tuple(
-                self._line(model, service_class, heads[model], running)
-                for model in models
-                for service_class in ServiceClass
-            ),
-            engines=engine_lines(specs, await queue.ledger(), await queue.draining()),
-            runs=tuple(run_line(service_class, ended) for service_class, ended in self._runs.items() if ended),
-        )
-
-    async def _follow_log(self) -> None:
-        moved = True
-        while moved:
-            at, entries = await self._queue.read_log(self._log_at, PAGE)
-            moved, self._log_at = at != self._log_at, at
-            for entry in entries:
-                if isinstance(entry, Observation):
-                    key = (entry.model, entry.service_class)
-                    self._waits.setdefault(key, deque(maxlen=RECENT)).append(entry.wait_s)
-                elif entry.outcome != "paused":
-                    self._runs[entry.service_class].append(entry)
-
-    def _line(
-        self, model: str, service_class: ServiceClass, heads: Sequence[Ticket], running: Sequence[Running]
-    ) -> Line:
-        pushed = [t.pushed_at_s for t in heads if t.service_class is service_class]
-        waits = self._waits.get((model, service_class), ())
-        return Line(
-            model=model,
-            service_class=service_class,
-            waiting=len(pushed),
-            oldest_s=max(0.0, self._now_s() - min(pushed)) if pushed else 0.0,
-            running=sum(r.ticket.model == model and r.ticket.service_class is service_class for r in running),
-            wait_p50_s=percentile(tuple(waits), 0.5),
-            wait_p95_s=percentile(tuple(waits), 0.95),
-        )
-
-
-def engine_lines(
-    specs: Sequence[EngineSpec], ledger: Ledger, draining: Sequence[Reservation]
-) -> tuple[EngineLine, ...]:
-    """Each engine of the fleet with what the ledger says is reserved there."""
-    drains = Counter(r.engine_id for r in draining)
-    return tuple(
-        EngineLine(
-            engine_id=s.engine_id,
-            model=s.model,
-            slots=s.slots,
-            reserved_slots=ledger.slots.get(s.engine_id, 0),
-            kv_bytes=s.kv_bytes,
-            reserved_kv_bytes=ledger.kv_bytes.get(s.engine_id, 0),
-            draining=drains[s.engine_id],
-        )
-        for s in sorted(specs, key=lambda s: s.engine_id)
-    )
-
-
-def run_line(service_class: ServiceClass, ended: Sequence[RunEnd] | deque[RunEnd]) -> RunLine:
-    """Count runs that ended: completion over those that are done, deadlines over those that had one."""
-    took = [r.ended_at_s - r.started_at_s for r in ended if r.outcome == "done"]
-    promised = [r for r in ended if math.isfinite(r.deadline_at_s)]
-    return RunLine(
-        service_class=service_class,
-        done=len(took),
-        failed=len(ended) - len(took),
-        promised=len(promised),
-        met=sum(r.met_deadline for r in promised),
-        p50_s=percentile(took, 0.5),
-        p95_s=percentile(took, 0.95),
-    )
 
 
 # -- the picture ---------------------------------------------------------------------------------------------------------
@@ -308,84 +130,6 @@ def _seconds(value: float) -> str:
 
 def _size(value: int) -> str:
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
-    return value
-
-
-# -- one stage -----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """A stage that the queue holds: its ticket and, where it runs, its lease."""
-
-    ticket: Ticket
-    lease: Running | None = None
-
-    @property
-    def status(self) -> Status:
-        return Status.GRANTED if self.lease else Status.QUEUED
-
-    def to_json(self) -> dict[str, Any]:
-        lease = {} if self.lease is None else dataclasses.asdict(self.lease)
-        lease.pop("ticket", None)
-        return _plain({"status": self.status.value, **dataclasses.asdict(self.ticket), **lease})
-
-
-async def entries(queue: Queue) -> tuple[Entry, ...]:
-    """All stages that the queue holds: the running ones, then the waiting ones of each model by their moment."""
-    running = [Entry(ticket=r.ticket, lease=r) for r in await queue.running()]
-    models = sorted({s.model for s in await queue.fleet()})
-    waiting = [Entry(ticket=t) for m in models for t in await queue.heads(m, await queue.depth(m))]
-    return (*running, *waiting)
-
-
-def named(held: Sequence[Entry], stage: str) -> Entry | None:
-    """The stage of this id, or the one whose id begins so. Raises `ConfigError` where several do."""
-    found = [e for e in held if e.ticket.stage_id.startswith(stage)]
-    exact = [e for e in found if e.ticket.stage_id == stage]
-    if len(found) > 1 and not exact:
-        raise ConfigError(f"{len(found)} stages begin with {stage!r}: give more of the id")
-    return (exact or found or [None])[0]
-
-
-async def find(queue: Queue, stage: str) -> dict[str, Any]:
-    """One stage, by the beginning of its id, as JSON values: held by the queue, or in the observation log.
-
-    Raises `ConfigError` for neither.
-    """
-    if entry := named(await entries(queue), stage):
-        return entry.to_json()
-    after, at = "-", ""
-    while at != after:
-        after = at
-        at, page = await queue.read_log(after, PAGE)
-        for seen in page:
-            if isinstance(seen, Observation) and seen.stage_id.startswith(stage):
-                return _plain(dataclasses.asdict(seen))
-    raise ConfigError(f"no stage {stage!r} in the queue or in what it remembers; `maestro queue ls` names them")
-
-
-async def cancel(queue: Queue, stage: str, *, now_s: float) -> str:
-    """Withdraw a waiting stage, by the beginning of its id: it is refused, and its caller told at once. Returns its id.
-
-    Raises `ConfigError` for a stage that does not wait: a running call is its app's, and its engine's, to end.
-    """
-    entry = named(await entries(queue), stage)
-    if entry is None:
-        raise ConfigError(f"no stage {stage!r} waits; `maestro queue ls` names those that do")
-    stage_id = entry.ticket.stage_id
-    refusal = Refusal(stage_id=stage_id, reason="operator", retry_after_s=0.0)
-    if entry.lease is None and await queue.refuse(refusal, entry.ticket, now_s=now_s):
-        return stage_id
-    where = f" on {entry.lease.engine_id}" if entry.lease else ""
-    raise ConfigError(f"stage {stage_id!r} runs{where} already: only its app can end it now")
 
 
 def entries_table(held: Sequence[Entry], *, now_s: float) -> Table:

@@ -7,7 +7,7 @@ start, `routing` where.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from maestro_agents.core import EngineState, Grant, Prediction, Refusal, Ticket
@@ -67,7 +67,9 @@ def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
             continue
         needs = {e.spec.engine_id: admission.reservation_bytes(ticket, prediction, e) for e in places}
         if not any(admission.could_ever_fit(needs[e.spec.engine_id], e) for e in places):
-            result.refusals.append((ticket, Refusal(stage_id=ticket.stage_id, reason="no engine fits", retry_after_s=0.0)))
+            result.refusals.append(
+                (ticket, Refusal(stage_id=ticket.stage_id, reason="no engine fits", retry_after_s=0.0))
+            )
             continue
         room = [
             e
@@ -97,12 +99,12 @@ def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
     return result
 
 
-def candidates(ticket: Ticket, engines: Sequence[EngineState] | object) -> list[EngineState]:
+def candidates(ticket: Ticket, engines: Iterable[EngineState]) -> list[EngineState]:
     """Engines that may serve a stage: its model, alive, pinned where its state lives, not where it just failed.
 
     Where every live engine has failed it, it may try them again.
     """
-    live = [e for e in engines if e.healthy and e.spec.model == ticket.model]  # type: ignore[attr-defined]
+    live = [e for e in engines if e.healthy and e.spec.model == ticket.model]
     if ticket.pinned_engine:
         return [e for e in live if e.spec.engine_id == ticket.pinned_engine]
     return [e for e in live if e.spec.engine_id not in ticket.excluded_engines] or live

@@ -65,7 +65,9 @@ class RoleStatistics:
         """Mean, p50, p90, p99 of a role's output tokens."""
         found = self._cache.get(role_key)
         if found is None:
-            above = self._models[model].sample(DEFAULT_OUTPUT_TOKENS) if model in self._models else DEFAULT_OUTPUT_TOKENS
+            above = (
+                self._models[model].sample(DEFAULT_OUTPUT_TOKENS) if model in self._models else DEFAULT_OUTPUT_TOKENS
+            )
             window = self._roles.get(role_key, Window())
             p50, p90, p99 = window.quantiles(above, (0.5, 0.9, 0.99))
             pool = [*window.values, *above]

@@ -38,7 +38,13 @@ class EngineSpeeds:
             return
         s = self._sums.setdefault(o.engine_id, _Sums())
         p, n = float(max(0, o.prompt_tokens - o.cached_tokens)), float(o.output_tokens)
-        for name, value in (("pp", p * p), ("po", p * n), ("oo", n * n), ("ps", p * o.service_s), ("os", n * o.service_s)):
+        for name, value in (
+            ("pp", p * p),
+            ("po", p * n),
+            ("oo", n * n),
+            ("ps", p * o.service_s),
+            ("os", n * o.service_s),
+        ):
             setattr(s, name, FORGET * getattr(s, name) + value)
 
     def of(self, spec: EngineSpec) -> tuple[float, float]:

@@ -175,7 +175,7 @@ class RedisQueue:
             first = await self._redis.blpop([key], timeout=min(max(timeout_s, 0.01), BLOCK_LIMIT_S))
             if first is None:
                 return ()
-            rest = await self._redis.lpop(key, 256) or []
+            rest: list[str] = await self._redis.lpop(key, 256) or []
         return tuple(_verdict(m) for m in (first[1], *rest))
 
     async def renew(self, client_id: str, stages: Mapping[str, int], *, now_s: float) -> Renewal:
@@ -339,9 +339,7 @@ class RedisQueue:
         del now_s
         body = json.dumps({"refusal": dataclasses.asdict(refusal)}, separators=(",", ":"))
         keys = [self._stage(ticket.stage_id), self._ready(ticket.model), self._inbox(ticket.client_id)]
-        return bool(
-            await self._run("refuse", keys, ticket.stage_id, body, math.ceil(4 * self.lease_s), RECORD_TTL_S)
-        )
+        return bool(await self._run("refuse", keys, ticket.stage_id, body, math.ceil(4 * self.lease_s), RECORD_TTL_S))
 
     async def reap(self, *, now_s: float) -> Sequence[str]:
         async with _reachable():

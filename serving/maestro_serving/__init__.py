@@ -2,6 +2,7 @@
 
 * `maestro_serving.vllm`: the command line of a vLLM server, and the probe that reads its own account.
 * `maestro_serving.processes`: engines as child processes that are started, restarted, ended, and never orphaned.
-* `maestro_serving.emulator`: a server that speaks vLLM's protocol over `maestro_agents.simulator.engine`;
-  `maestro_serving.answers` is what it says.
+* `maestro_serving.emulator`: a server that speaks vLLM's protocol over `maestro_agents.simulator.engine`. A request is
+  read by ``protocol``, answered by ``answers`` (``jsonvalues`` where a schema is to be met), timed by ``live``, and told
+  by ``shapes`` and ``streams``.
 """

@@ -6,17 +6,15 @@ answers are neither logged nor kept. ``tests/test_vllm_contract.py`` holds it to
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hmac
 import json
 import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, Final, Self
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -24,11 +22,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from maestro_agents.simulator.engine import CPU_TINY, EngineProfile, EngineRequest, RequestRecord
+from maestro_agents.simulator.engine import CPU_TINY, EngineProfile, RequestRecord
 from maestro_serving.answers import Answer, Question, answer
-from maestro_serving.live import EngineBusyError, Flow, LiveEngine, Metrics
+from maestro_serving.live import EngineBusyError, LiveEngine, Metrics
 from maestro_serving.protocol import (
     ChatBody,
     CompletionBody,
@@ -41,13 +38,24 @@ from maestro_serving.protocol import (
     parse,
     response_question,
 )
+from maestro_serving.shapes import (
+    FINGERPRINT,
+    Deltas,
+    Job,
+    blank,
+    chat_choice,
+    chat_reason,
+    event,
+    response_item,
+    signature,
+    tool_id,
+)
+from maestro_serving.streams import EventStream, finished, told, unless_gone
 
 VERSION: Final = "0.32.0+maestro.emulator"
 """The vLLM whose protocol this is."""
 
-_FINGERPRINT: Final = "maestro-emulator"
 _BUSY: Final = "The engine is busy: its queue is full. Try again later, or elsewhere."
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,53 +96,6 @@ def create_app(config: EmulatorConfig) -> Starlette:
         Route("/v1/responses", server.responses, methods=["POST"]),
     ]
     return Starlette(routes=routes)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """Answers that are known and wait for their tokens' time."""
-
-    request_id: str
-    created: int
-    engine: LiveEngine
-    questions: list[Question]
-    answers: list[Answer]
-    priority: int
-
-    @property
-    def requests(self) -> list[EngineRequest]:
-        return [
-            EngineRequest(
-                request_id=f"{self.request_id}-{i}-{uuid.uuid4().hex}",  # a caller's id may come twice
-                prompt_tokens=q.prompt_tokens,
-                output_tokens=len(a.pieces),
-                priority=self.priority,
-            )
-            for i, (q, a) in enumerate(zip(self.questions, self.answers, strict=True))
-        ]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Each prompt once, however many answers it has."""
-        return sum(q.prompt_tokens for q in self.questions if q.index == 0)
-
-    @property
-    def reasons(self) -> list[str]:
-        return [a.finish_reason for a in self.answers]
-
-    def usage(self, output_tokens: int, *, details: bool = True) -> dict[str, Any]:
-        usage: dict[str, Any] = {
-            "prompt_tokens": self.prompt_tokens,
-            "total_tokens": self.prompt_tokens + output_tokens,
-            "completion_tokens": output_tokens,
-        }
-        return usage | {"prompt_tokens_details": {"cached_tokens": 0}} if details else usage
-
-
-class _Deltas(Protocol):
-    """The chunks that tell an answer's tokens from ``before`` up to ``after``; ``last``: there are no more."""
-
-    def __call__(self, index: int, before: int, after: int, *, last: bool) -> list[str]: ...
 
 
 class _Server:
@@ -181,10 +142,10 @@ class _Server:
             body = parse(ChatBody, await request.body(), request.headers)
             job = self.job(request, body, "chatcmpl", lambda limits: chat_questions(body, limits))
             if body.stream:
-                return await _EventStream.open(self.chat_chunks(job, body))
-            records = await _finished(job)
+                return await EventStream.open(self.chat_chunks(job, body))
+            records = await finished(job)
             named = body.tool_choice is not None and not isinstance(body.tool_choice, str)
-            choices = [_chat_choice(i, a, named=named) for i, a in enumerate(job.answers)]
+            choices = [chat_choice(i, a, named=named) for i, a in enumerate(job.answers)]
             return JSONResponse(
                 {
                     "id": job.request_id,
@@ -193,7 +154,7 @@ class _Server:
                     "model": job.engine.name,
                     "choices": choices,
                     "service_tier": None,
-                    "system_fingerprint": _FINGERPRINT,
+                    "system_fingerprint": FINGERPRINT,
                     "usage": job.usage(sum(r.output_tokens for r in records)),
                     "prompt_logprobs": None,
                     "kv_transfer_params": None,
@@ -208,8 +169,8 @@ class _Server:
             body = parse(CompletionBody, await request.body(), request.headers)
             job = self.job(request, body, "cmpl", lambda limits: completion_questions(body, limits))
             if body.stream:
-                return await _EventStream.open(self.completion_chunks(job, body))
-            records = await _finished(job)
+                return await EventStream.open(self.completion_chunks(job, body))
+            records = await finished(job)
             choices = [
                 {
                     "index": i,
@@ -228,7 +189,7 @@ class _Server:
                     "model": job.engine.name,
                     "choices": choices,
                     "service_tier": None,
-                    "system_fingerprint": _FINGERPRINT,
+                    "system_fingerprint": FINGERPRINT,
                     "usage": job.usage(sum(r.output_tokens for r in records)),
                     "kv_transfer_params": None,
                     "metrics": self.request_metrics(records),
@@ -242,9 +203,9 @@ class _Server:
             body = parse(ResponsesBody, await request.body(), request.headers)
             job = self.job(request, body, "resp", lambda limits: [response_question(body, limits)])
             if body.stream:
-                return await _EventStream.open(self.response_events(job, body))
-            records = await _finished(job)
-            item = _response_item(job.answers[0], status="completed")
+                return await EventStream.open(self.response_events(job, body))
+            records = await finished(job)
+            item = response_item(job.answers[0], status="completed")
             return JSONResponse(self.response_body(job, body, item=item, record=records[0]))
 
         return await self.answered(request, reply())
@@ -256,7 +217,7 @@ class _Server:
             return refusal
         await request.body()  # from now on `receive` tells of nothing but the client's leaving
         try:
-            return await _unless_gone(request.receive, reply) or Response(status_code=499)
+            return await unless_gone(request.receive, reply) or Response(status_code=499)
         except RefusedError as e:
             return JSONResponse(e.body, status_code=e.status)
         except EngineBusyError:
@@ -276,7 +237,7 @@ class _Server:
         body: ChatBody | CompletionBody | ResponsesBody,
         prefix: str,
         ask: Callable[[Limits], list[Question]],
-    ) -> _Job:
+    ) -> Job:
         name = body.model or next(iter(self.engines))
         engine = self.engines.get(name)
         if engine is None:
@@ -291,7 +252,7 @@ class _Server:
             raise RefusedError(400, f"The schema cannot be satisfied: {e}") from None
         request_id = request.headers.get("x-request-id") or body.request_id or uuid.uuid4().hex[:16]
         separator = "_" if prefix == "resp" else "-"
-        return _Job(
+        return Job(
             request_id=f"{prefix}{separator}{request_id}",
             created=int(time.time()),
             engine=engine,
@@ -314,18 +275,18 @@ class _Server:
         }
 
     # -- streams ------------------------------------------------------------------------------------------------------
-    async def chat_chunks(self, job: _Job, body: ChatBody) -> AsyncGenerator[str | None]:
+    async def chat_chunks(self, job: Job, body: ChatBody) -> AsyncGenerator[str | None]:
         named = body.tool_choice is not None and not isinstance(body.tool_choice, str)
         continuous = bool(body.stream_options and body.stream_options.continuous_usage_stats)
 
         def chunk(index: int, delta: Mapping[str, Any], done: Answer | None, tokens: int, **more: Any) -> str:
             choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             if done:
-                choice |= {"finish_reason": _chat_reason(done, named=named), "stop_reason": done.stop_reason}
-                more |= _signature(body)
+                choice |= {"finish_reason": chat_reason(done, named=named), "stop_reason": done.stop_reason}
+                more |= signature(body)
             if continuous:
                 more["usage"] = job.usage(tokens, details=False)
-            return _event(job, "chat.completion.chunk", [choice], **more)
+            return event(job, "chat.completion.chunk", [choice], **more)
 
         def deltas(index: int, before: int, after: int, *, last: bool) -> list[str]:
             a = job.answers[index]
@@ -336,7 +297,7 @@ class _Server:
             text = "".join(a.pieces[before:after])
             if a.tool:
                 if before == 0:
-                    call = {"id": _tool_id(), "type": "function", "index": 0, "function": {"name": a.tool}}
+                    call = {"id": tool_id(), "type": "function", "index": 0, "function": {"name": a.tool}}
                     out.append(chunk(index, {"content": None, "tool_calls": [call]}, None, after))
                 if text:
                     part = {"index": 0, "function": {"arguments": text}}
@@ -350,10 +311,10 @@ class _Server:
                 out += [chunk(index, {"content": text} if cut and text else {}, done, after)] if last else []
             return out
 
-        async for event in self.chunks(job, body, "chat.completion.chunk", deltas):
-            yield event
+        async for line in self.chunks(job, body, "chat.completion.chunk", deltas):
+            yield line
 
-    async def completion_chunks(self, job: _Job, body: CompletionBody) -> AsyncGenerator[str | None]:
+    async def completion_chunks(self, job: Job, body: CompletionBody) -> AsyncGenerator[str | None]:
         continuous = bool(body.stream_options and body.stream_options.continuous_usage_stats)
 
         def deltas(index: int, before: int, after: int, *, last: bool) -> list[str]:
@@ -366,67 +327,67 @@ class _Server:
                 "stop_reason": a.stop_reason if last else None,
             }
             more = {"usage": job.usage(after, details=False)} if continuous else {}
-            return [_event(job, "text_completion", [choice], **more, **(_signature(body) if last else {}))]
+            return [event(job, "text_completion", [choice], **more, **(signature(body) if last else {}))]
 
-        async for event in self.chunks(job, body, "text_completion", deltas):
-            yield event
+        async for line in self.chunks(job, body, "text_completion", deltas):
+            yield line
 
-    async def chunks(self, job: _Job, body: Sampled, kind: str, deltas: _Deltas) -> AsyncGenerator[str | None]:
+    async def chunks(self, job: Job, body: Sampled, kind: str, deltas: Deltas) -> AsyncGenerator[str | None]:
         """All answers' chunks as their tokens come, then usage, then the end. None first: admitted."""
-        with job.engine.run(job.requests, job.reasons) as flows:
+        with job.engine.run(job.requests(), job.reasons) as flows:
             yield None
-            async for index, before, after, last in _told(flows):
-                for event in deltas(index, before, after, last=last):
-                    yield event
+            async for index, before, after, last in told(flows):
+                for line in deltas(index, before, after, last=last):
+                    yield line
             records = [await flow.end() for flow in flows]
         if body.stream_options and body.stream_options.include_usage:
             metrics = self.request_metrics(records)
             more = {"metrics": {k: v for k, v in metrics.items() if v is not None}} if metrics else {}
             usage = job.usage(sum(r.output_tokens for r in records))
-            yield _event(job, kind, [], usage=usage, system_fingerprint=_FINGERPRINT, **more)
+            yield event(job, kind, [], usage=usage, system_fingerprint=FINGERPRINT, **more)
         yield "data: [DONE]\n\n"
 
-    async def response_events(self, job: _Job, body: ResponsesBody) -> AsyncGenerator[str | None]:
+    async def response_events(self, job: Job, body: ResponsesBody) -> AsyncGenerator[str | None]:
         a = job.answers[0]
-        item = _response_item(a, status="in_progress")
+        item = response_item(a, status="in_progress")
         where = {"item_id": item["id"], "output_index": 0}
         number = 0
 
-        def event(kind: str, **content: Any) -> str:
+        def say(kind: str, **content: Any) -> str:
             nonlocal number
             data = json.dumps({**content, "sequence_number": number, "type": kind})
             number += 1
             return f"event: {kind}\ndata: {data}\n\n"
 
-        with job.engine.run(job.requests, job.reasons) as flows:
+        with job.engine.run(job.requests(), job.reasons) as flows:
             yield None
             for kind in ("response.created", "response.in_progress"):
                 begun = self.response_body(job, body, item=None, record=None)
-                yield event(kind, response={k: v for k, v in begun.items() if k != "metrics"})
-            async for _, before, after, _ in _told(flows):
+                yield say(kind, response={k: v for k, v in begun.items() if k != "metrics"})
+            async for _, before, after, _ in told(flows):
                 if before == 0:
-                    yield event("response.output_item.added", item=_blank(item), output_index=0)
+                    yield say("response.output_item.added", item=blank(item), output_index=0)
                     if not a.tool:
                         part: dict[str, Any] = {"annotations": [], "text": "", "type": "output_text", "logprobs": []}
-                        yield event("response.content_part.added", content_index=0, part=part, **where)
+                        yield say("response.content_part.added", content_index=0, part=part, **where)
                 if not (text := "".join(a.pieces[before:after])):
                     continue
                 if a.tool:
-                    yield event("response.function_call_arguments.delta", delta=text, **where)
+                    yield say("response.function_call_arguments.delta", delta=text, **where)
                 else:
-                    yield event("response.output_text.delta", content_index=0, delta=text, logprobs=[], **where)
+                    yield say("response.output_text.delta", content_index=0, delta=text, logprobs=[], **where)
             record = await flows[0].end()
         done = {**item, "status": "completed"}
         if a.tool:
-            yield event("response.function_call_arguments.done", arguments=a.text, name=a.tool, **where)
+            yield say("response.function_call_arguments.done", arguments=a.text, name=a.tool, **where)
         else:
-            yield event("response.output_text.done", content_index=0, text=a.text, logprobs=[], **where)
-            yield event("response.content_part.done", content_index=0, part=item["content"][0], **where)
-        yield event("response.output_item.done", item=done, output_index=0)
-        yield event("response.completed", response=self.response_body(job, body, item=done, record=record))
+            yield say("response.output_text.done", content_index=0, text=a.text, logprobs=[], **where)
+            yield say("response.content_part.done", content_index=0, part=item["content"][0], **where)
+        yield say("response.output_item.done", item=done, output_index=0)
+        yield say("response.completed", response=self.response_body(job, body, item=done, record=record))
 
     def response_body(
-        self, job: _Job, body: ResponsesBody, *, item: dict[str, Any] | None, record: RequestRecord | None
+        self, job: Job, body: ResponsesBody, *, item: dict[str, Any] | None, record: RequestRecord | None
     ) -> dict[str, Any]:
         """A response object; in progress where it has no record yet."""
         cut = record is not None and job.answers[0].finish_reason == "length"
@@ -464,147 +425,6 @@ class _Server:
             "user": None,
             "metrics": self.request_metrics([record]) if record else None,
         }
-
-
-# -- shapes ------------------------------------------------------------------------------------------------------------
-def _chat_reason(a: Answer, *, named: bool) -> str:
-    """A call that the caller named ends as ``stop``, one that the model chose as ``tool_calls`` (OpenAI's habit)."""
-    return "tool_calls" if a.tool and a.finish_reason == "stop" and not named else a.finish_reason
-
-
-def _chat_choice(index: int, a: Answer, *, named: bool) -> dict[str, Any]:
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": a.text,
-        "refusal": None,
-        "annotations": None,
-        "audio": None,
-        "function_call": None,
-        "reasoning": None,
-    }
-    if a.tool and a.finish_reason == "stop":  # a call that was cut stays text
-        call = {
-            "id": _tool_id(),
-            "type": "function",
-            "function": {"name": a.tool, "arguments": a.text},
-        }
-        message |= {"content": "", "tool_calls": [call]}
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": None,
-        "finish_reason": _chat_reason(a, named=named),
-        "stop_reason": a.stop_reason,
-    }
-
-
-def _response_item(a: Answer, *, status: str) -> dict[str, Any]:
-    unique = uuid.uuid4().hex[:16]
-    if a.tool:
-        return {
-            "arguments": a.text,
-            "call_id": f"chatcmpl-tool-{unique}",
-            "name": a.tool,
-            "type": "function_call",
-            "id": f"fc_{unique}",
-            "status": status,
-        }
-    part: dict[str, Any] = {"annotations": [], "text": a.text, "type": "output_text", "logprobs": None}
-    return {"id": f"msg_{unique}", "content": [part], "role": "assistant", "status": status, "type": "message"}
-
-
-def _blank(item: Mapping[str, Any]) -> dict[str, Any]:
-    """An item of the Responses API before anything was said."""
-    return {**item, "arguments": ""} if item["type"] == "function_call" else {**item, "content": []}
-
-
-def _tool_id() -> str:
-    return f"chatcmpl-tool-{uuid.uuid4().hex[:16]}"
-
-
-def _signature(body: Sampled) -> dict[str, Any]:
-    """The last chunk of an answer is signed, unless a usage chunk follows, which is signed then."""
-    follows = body.stream_options and body.stream_options.include_usage
-    return {} if follows else {"system_fingerprint": _FINGERPRINT}
-
-
-def _event(job: _Job, kind: str, choices: list[dict[str, Any]], **more: Any) -> str:
-    body = {"id": job.request_id, "object": kind, "created": job.created, "model": job.engine.name, "choices": choices}
-    return f"data: {json.dumps({**body, **more}, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-# -- waiting -----------------------------------------------------------------------------------------------------------
-async def _finished(job: _Job) -> list[RequestRecord]:
-    with job.engine.run(job.requests, job.reasons) as flows:
-        return [await flow.end() for flow in flows]
-
-
-async def _told(flows: list[Flow]) -> AsyncGenerator[tuple[int, int, int, bool]]:
-    """(index, tokens before, tokens now, last) of each flow, whenever it has more."""
-    told = [0] * len(flows)
-    news = {asyncio.ensure_future(flow.more()): i for i, flow in enumerate(flows)}
-    try:
-        while news:
-            done, _ = await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=lambda t: news[t]):
-                i = news.pop(task)
-                before, told[i] = told[i], task.result()
-                last = flows[i].record is not None and told[i] == flows[i].request.output_tokens
-                if told[i] > before:
-                    yield i, before, told[i], last
-                if not last:
-                    news[asyncio.ensure_future(flows[i].more())] = i
-    finally:
-        for task in news:
-            task.cancel()
-
-
-async def _unless_gone(receive: Receive, work: Awaitable[_T]) -> _T | None:
-    """The result of ``work``; None, with the work cancelled, where the client left first."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        gone.cancel()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await task
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class _EventStream(Response):
-    """Server-sent events that end, with the work behind them, when the client leaves, also while nothing is sent."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[str | None]) -> None:
-        super().__init__()
-        del self.headers["content-length"]
-        self._events = events
-
-    @classmethod
-    async def open(cls, events: AsyncGenerator[str | None]) -> _EventStream:
-        """Start the generator up to its first item, so that a refusal is still an ordinary answer."""
-        await anext(events)
-        return cls(events)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def pump() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": (event or "").encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-        try:
-            await _unless_gone(receive, pump())
-        finally:
-            await self._events.aclose()
 
 
 # -- running it --------------------------------------------------------------------------------------------------------

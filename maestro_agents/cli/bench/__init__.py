@@ -35,7 +35,9 @@ def measure_overhead(
         print(json.dumps(result))
         return
     console = Console()
-    table = Table("", "p50 ms", "p99 ms", title=f"one LangGraph call, {result['calls']} each way, in turn; engine emulated")
+    table = Table(
+        "", "p50 ms", "p99 ms", title=f"one LangGraph call, {result['calls']} each way, in turn; engine emulated"
+    )
     for name, key in (("plain", "plain_ms"), ("through Maestro", "maestro_ms"), ("added", "added_ms")):
         table.add_row(name, f"{result[key]['p50']:.2f}", f"{result[key]['p99']:.2f}")
     console.print(table)
@@ -45,13 +47,17 @@ def measure_overhead(
     parts.add_row("CPU added per call, all threads", f"{result['added_cpu_ms']:.2f}")
     console.print(parts)
     fast = result["fast_path"]
-    console.print(f"fast path: {fast['hits']} of {fast['grants']} grants in the push's own round trip ({fast['rate']:.1%})")
+    console.print(
+        f"fast path: {fast['hits']} of {fast['grants']} grants in the push's own round trip ({fast['rate']:.1%})"
+    )
 
 
 @bench_app.command("faults")
 def measure_faults(
     engine: Engine = "emulator",
-    kind: Annotated[list[str] | None, typer.Option("--kind", help="app, scheduler, engine, redis; default all.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="app, scheduler, engine, redis; default all.")
+    ] = None,
     times: Annotated[int, typer.Option(min=1, help="Trials of each kind.")] = 20,
     seed: Annotated[int, typer.Option(help="Workload and moments of the faults.")] = 0,
     scale: Annotated[float, typer.Option(help="Length of answers, relative to the demo's.")] = 0.4,
@@ -59,12 +65,12 @@ def measure_faults(
     events: Events = None,
     as_json: Json = False,
 ) -> None:
-    """kill -9 of app, scheduler, engine and Redis under load. Example: maestro bench faults --engine vllm --times 20"""
+    """Kill -9 of app, scheduler, engine and Redis under load. Example: maestro bench faults --engine vllm --times 20"""
     from maestro_agents.cli.bench import faults as bench
 
     kinds = tuple(kind or bench.KINDS)
     if wrong := set(kinds) - set(bench.KINDS):
-        raise ConfigError(f"--kind {sorted(wrong)[0]!r}: one of {', '.join(bench.KINDS)}")
+        raise ConfigError(f"--kind {min(wrong)!r}: one of {', '.join(bench.KINDS)}")
     console = Console(stderr=True)
     out = events.open("w", encoding="utf-8") if events else None
     with Progress(

@@ -103,7 +103,9 @@ class App:
 
     async def finish(self, seed: int) -> bool:
         """Wait until a batch is done."""
-        return await self.until(lambda: any(e["event"] == "done" and e["seed"] == seed for e in self.events), PATIENCE_S)
+        return await self.until(
+            lambda: any(e["event"] == "done" and e["seed"] == seed for e in self.events), PATIENCE_S
+        )
 
     async def close(self) -> None:
         """End it by kill -9, and wait until it is gone."""

@@ -15,8 +15,8 @@ import time
 import uuid
 from typing import Any, Final
 
-from maestro_agents.cli.demo import length_of, sample
 from maestro_agents.cli.demo_input import MESSAGES
+from maestro_agents.cli.demo_pass import length_of, sample
 from maestro_agents.client import Client
 
 DEADLINES_S: Final = {"interactive": 30.0, "batch": 120.0}
@@ -81,9 +81,12 @@ async def serve(model: str, scale: float) -> None:
 
 
 def main() -> None:
+    """Serve until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--scale", type=float, default=1.0, help="how much shorter or longer answers are than the demo's")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="how much shorter or longer answers are than the demo's"
+    )
     args = parser.parse_args()
     asyncio.run(serve(args.model, args.scale))
     Client.reset()

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from maestro_agents.cli.bench.stack import MODEL
 from maestro_agents.cli.bench.stack import stack as make_stack
-from maestro_agents.cli.demo import Pass, length_of, sample
 from maestro_agents.cli.demo_input import MESSAGES, Arrival, arrivals
-from maestro_agents.cli.monitor import Watch
+from maestro_agents.cli.demo_pass import Pass, length_of, sample
+from maestro_agents.cli.snapshot import Watch
 from maestro_agents.cli.up import Stack
 from maestro_agents.client import Client
 from maestro_agents.core import Observation, ServiceClass
@@ -97,7 +97,9 @@ async def one_pass(stack: Stack, plan: Sequence[Arrival], app: Any, look: Callab
     }  # fmt: skip
 
 
-async def both(stack: Stack, plan: Sequence[Arrival], scale: float, look: Callable[[Pass], None]) -> list[dict[str, Any]]:
+async def both(
+    stack: Stack, plan: Sequence[Arrival], scale: float, look: Callable[[Pass], None]
+) -> list[dict[str, Any]]:
     """Both passes, first come first served first, each in a pool of its own on the same two engines."""
 
     def lengths(node: str, prompt: str) -> dict[str, Any]:

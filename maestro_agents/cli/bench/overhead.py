@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from maestro_agents.cli.bench.stack import MODEL, emulated
-from maestro_agents.cli.demo import sample
+from maestro_agents.cli.demo_pass import sample
 from maestro_agents.client import Client
 from maestro_agents.core import Observation
 from maestro_agents.queue.redis import RedisQueue
@@ -121,7 +121,7 @@ async def fast_path() -> tuple[int, int]:
 
 async def budget(app: Any) -> dict[str, float]:
     """Median milliseconds a call spends in each part of the way (measured with timers on, in a block of its own)."""
-    from maestro_langgraph import gate, identity
+    from maestro_langgraph import call, identity
 
     timed = _Timed()
     room = Client.current()._room  # pyright: ignore[reportPrivateUsage]
@@ -129,8 +129,8 @@ async def budget(app: Any) -> dict[str, float]:
     timed.around(room.queue, "finish", "redis (finish, asynchronous)")
     for name in ("on_chain_start", "on_chain_end", "on_chat_model_start"):
         timed.around(identity.MaestroHandler, name, "identity (callbacks)")
-    timed.around(gate, "estimate_tokens", "features (token estimate)")
-    timed.around(gate._Call, "open", "gate (ticket, features included)")  # pyright: ignore[reportPrivateUsage]
+    timed.around(call, "estimate_tokens", "features (token estimate)")
+    timed.around(call.Call, "open", "gate (ticket, features included)")
     for i in range(4 * BLOCK):
         await app.ainvoke({"question": f"{PROMPT} {i}"})
     await asyncio.sleep(0.1)
