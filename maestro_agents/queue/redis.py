@@ -25,18 +25,20 @@ Keys of a pool (prefix ``maestro:{pool}:``), all under one hash tag so that Redi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 import redis.asyncio as aioredis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from maestro_agents.core import (
     EngineSpec,
@@ -53,9 +55,6 @@ from maestro_agents.errors import ConfigError, QueueUnavailable, WireError
 from maestro_agents.ports import Ledger, Renewal, Reservation, Running
 from maestro_agents.queue.memory import DEFAULT_P99_OUTPUT_TOKENS, LOG_LENGTH, RETRY_FLOOR_S
 
-if TYPE_CHECKING:
-    from redis.commands.core import AsyncScript
-
 RECORD_TTL_S: Final = 600
 """How long the terminal record of a stage is kept."""
 
@@ -69,7 +68,20 @@ _SCRIPTS: Final[Mapping[str, str]] = {
     for entry in (resources.files("maestro_agents.queue") / "lua").iterdir()
     if entry.name.endswith(".lua")
 }
+_SHA: Final = {
+    name: hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest() for name, source in _SCRIPTS.items()
+}
 _POOL: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """A script on its way."""
+
+    script: str
+    #: Number of keys, keys, arguments.
+    words: tuple[Any, ...]
+    answer: asyncio.Future[Any]
 
 
 class RedisQueue:
@@ -102,7 +114,8 @@ class RedisQueue:
             )
         except ValueError as e:
             raise ConfigError(f"redis URL {_without_password(url)!r}: {e}") from e
-        self._scripts: dict[str, AsyncScript] = {k: self._redis.register_script(v) for k, v in _SCRIPTS.items()}
+        self._batch: list[_Call] = []
+        self._flushing: asyncio.Task[None] | None = None
         self._fixed = {
             k: self._prefix + k
             for k in (
@@ -124,8 +137,56 @@ class RedisQueue:
         return f"{self._prefix}inbox:{client_id}"
 
     async def _run(self, script: str, keys: Sequence[str], *args: object) -> Any:
-        async with _reachable():
-            return await self._scripts[script](keys=keys, args=[_text(a) for a in args])
+        """Run a script. What is asked for in the same moment leaves in one round trip, each with its own answer."""
+        answer = asyncio.get_running_loop().create_future()
+        self._batch.append(_Call(script=script, words=(len(keys), *keys, *map(_text, args)), answer=answer))
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush())
+        return await answer
+
+    async def _flush(self) -> None:
+        while self._batch:
+            batch, self._batch = [c for c in self._batch if not c.answer.done()], []
+            try:
+                async with _reachable():
+                    replies = await self._evaluate(batch)
+            except BaseException as e:
+                for call in batch:
+                    if not call.answer.done():
+                        call.answer.set_exception(e)
+                if not isinstance(e, Exception):
+                    raise
+                continue
+            for call, reply in zip(batch, replies, strict=True):
+                if call.answer.done():
+                    continue
+                if isinstance(reply, Exception):
+                    call.answer.set_exception(_told(reply))
+                else:
+                    call.answer.set_result(reply)
+
+    async def _evaluate(self, batch: Sequence[_Call]) -> list[Any]:
+        """Answers in order; a script's own error stands in its place. A server that lost the scripts gets them again."""
+        replies = await self._send(batch)
+        lost = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if lost:
+            for name in {batch[i].script for i in lost}:
+                await self._redis.script_load(_SCRIPTS[name])
+            again = await self._send([batch[i] for i in lost])
+            for i, reply in zip(lost, again, strict=True):
+                replies[i] = reply
+        return replies
+
+    async def _send(self, batch: Sequence[_Call]) -> list[Any]:
+        if len(batch) == 1:
+            try:
+                return [await self._redis.evalsha(_SHA[batch[0].script], *batch[0].words)]
+            except ResponseError as e:
+                return [e]
+        pipe = self._redis.pipeline(transaction=False)
+        for call in batch:
+            pipe.evalsha(_SHA[call.script], *call.words)
+        return list(await pipe.execute(raise_on_error=False))
 
     # -- the client's side -------------------------------------------------------------------------------------------
     async def push(self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float) -> Verdict | None:
@@ -454,6 +515,8 @@ class RedisQueue:
             return cast("Mapping[str, str]", await self._redis.hgetall(self._stage(stage_id)))
 
     async def close(self) -> None:
+        if self._flushing is not None and not self._flushing.done():
+            await asyncio.wait([self._flushing], timeout=COMMAND_TIMEOUT_S)
         with contextlib.suppress(RedisError, OSError):
             await self._redis.aclose()
 
@@ -463,12 +526,23 @@ async def _reachable() -> AsyncIterator[None]:
     """Turn a connection's troubles into `QueueUnavailable`; an error of ours (a wrong script) stays what it is."""
     try:
         yield
-    except ResponseError as e:
-        if str(e).startswith(("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN")):
-            raise QueueUnavailable(f"Redis is not ready: {e}") from e
-        raise
     except (RedisError, OSError, TimeoutError) as e:
-        raise QueueUnavailable(f"Redis does not answer ({type(e).__name__}: {e}). Run `maestro doctor`.") from e
+        raise _told(e) from e
+
+
+def _told(error: Exception) -> Exception:
+    """What a caller is told of an error of Redis."""
+    if isinstance(error, ResponseError):
+        if str(error).startswith(_NOT_READY):
+            return QueueUnavailable(f"Redis is not ready: {error}")
+        return error
+    if isinstance(error, (RedisError, OSError, TimeoutError)):
+        return QueueUnavailable(f"Redis does not answer ({type(error).__name__}: {error}). Run `maestro doctor`.")
+    return error
+
+
+_NOT_READY: Final = ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "OOM", "MISCONF")
+"""A server that answers, but not with what was asked: waiting helps, or an operator must."""
 
 
 def _text(value: object) -> str:
