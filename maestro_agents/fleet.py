@@ -87,6 +87,10 @@ class Fleet:
 
 def load_fleet(path: str | Path) -> Fleet:
     """Read a fleet file. Raises `ConfigError`, one line, with the line of the file."""
+    if not Path(path).exists():
+        raise ConfigError(
+            f"{path}: there is no such file: name another, or write one with an [[engine]] (id, model, url)"
+        )
     file = read_toml(Path(path))
     try:
         body = _File.model_validate(dict(file.content))

@@ -150,6 +150,10 @@ class Queue(Protocol):
         """
         ...
 
+    async def described(self, workflow: str) -> str | None:
+        """The static graph that a client described under this fingerprint, None where none did."""
+        ...
+
     async def refuse(self, refusal: Refusal, ticket: Ticket, *, now_s: float) -> bool:
         """End a waiting stage as REFUSED and tell its client."""
         ...

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 ENV_PREFIX: Final = "MAESTRO_"
 CONFIG_ENV: Final = "MAESTRO_CONFIG"
 DEFAULT_CONFIG_FILE: Final = "maestro.toml"
-OTHER_ENV: Final = frozenset({CONFIG_ENV, "MAESTRO_DEBUG", "MAESTRO_VLLM"})
+OTHER_ENV: Final = frozenset(
+    {CONFIG_ENV, "MAESTRO_DEBUG", "MAESTRO_VLLM", "MAESTRO_VLLM_MODEL", "MAESTRO_SAMPLE_MODEL"}
+)
 """Variables of ours that are no settings."""
 TEST_PREFIX: Final = "MAESTRO_TEST_"
 
@@ -79,9 +81,9 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9_.-]+$",
         description="The pool of GPUs that serves this app: one scheduler, one memory ledger, one trust domain.",
     )
-    mode: Literal["on", "observe", "off"] = Field(
+    mode: Literal["on", "off"] = Field(
         default="on",
-        description="on: order and route calls. observe: measure and predict, change nothing. off: do nothing at all.",
+        description="on: order and route calls. off: do nothing at all, every call goes out as if Maestro were not there.",
     )
     on_outage: Literal["open", "closed", "original_url"] = Field(
         default="open",

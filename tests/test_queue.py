@@ -385,3 +385,11 @@ async def test_the_fleet_is_published_whole(queue: Queue) -> None:
     """Clients read back the engines as the scheduler gave them."""
     await led(queue, credit=True)
     assert list(await queue.fleet()) == [A, B]
+
+
+async def test_a_workflow_is_described_once(queue: Queue) -> None:
+    """The first description of a fingerprint stands; an unknown one has none."""
+    await queue.describe("w", '{"nodes": []}')
+    await queue.describe("w", "something else")
+    assert await queue.described("w") == '{"nodes": []}'
+    assert await queue.described("x") is None

@@ -37,9 +37,9 @@ def test_arguments_win_over_environment_over_file(monkeypatch: pytest.MonkeyPatc
 
 def test_config_env_names_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """MAESTRO_CONFIG points elsewhere, and a file that is not there is an error rather than silence."""
-    (tmp_path / "mine.toml").write_text('mode = "observe"\n')
+    (tmp_path / "mine.toml").write_text('mode = "off"\n')
     monkeypatch.setenv("MAESTRO_CONFIG", str(tmp_path / "mine.toml"))
-    assert Settings.load().mode == "observe"
+    assert Settings.load().mode == "off"
     monkeypatch.setenv("MAESTRO_CONFIG", str(tmp_path / "gone.toml"))
     with pytest.raises(ConfigError, match=r"gone\.toml: there is no such file"):
         Settings.load()
@@ -61,7 +61,7 @@ def test_empty_variable_is_unset_and_empty_argument_undoes_the_environment(monke
         ("DEADLINE_S", "-20", "MAESTRO_DEADLINE_S: deadline_s = '-20': input should be greater than 0"),
         ("LOCAL_CONCURRENCY", "0", "MAESTRO_LOCAL_CONCURRENCY: local_concurrency = '0': input should be greater than"),
         ("MAX_QUEUE", "many", "MAESTRO_MAX_QUEUE: max_queue = 'many': input should be a valid integer"),
-        ("MODE", "onn", "MAESTRO_MODE: mode = 'onn': input should be 'on', 'observe' or 'off'"),
+        ("MODE", "onn", "MAESTRO_MODE: mode = 'onn': input should be 'on' or 'off'"),
         ("SERVICE_CLASS", "bulk", "MAESTRO_SERVICE_CLASS: service_class = 'bulk': input should be 'interactive' or"),
         ("POOL", "a b", "MAESTRO_POOL: pool = 'a b': string should match pattern"),
         ("REDIS_URL", "http://x", "MAESTRO_REDIS_URL: redis_url = 'http://x': a Redis URL starts with redis://"),

@@ -68,9 +68,19 @@ def length_of(node: str, prompt: str) -> dict[str, Any]:
 class Pass:
     """One policy serving the whole workload: the app's side, and what can be seen of it meanwhile."""
 
-    def __init__(self, policy: str, plan: Sequence[Arrival], *, queue: Log, watch: Looks, app: Any) -> None:
+    def __init__(
+        self,
+        policy: str,
+        plan: Sequence[Arrival],
+        *,
+        queue: Log,
+        watch: Looks,
+        app: Any,
+        deadlines_s: Mapping[ServiceClass, float] = DEADLINES_S,
+    ) -> None:
         self.policy = policy
         self.plan = plan
+        self.deadlines_s = deadlines_s
         self.results: list[RunResult] = []
         self.snapshot: Snapshot | None = None
         self._queue = queue
@@ -85,7 +95,7 @@ class Pass:
 
         # Both passes begin warm: connections open, imports done, one run served.
         try:
-            with maestro.options(service_class="batch", deadline_s=DEADLINES_S[ServiceClass.BATCH]):
+            with maestro.options(service_class="batch", deadline_s=self.deadlines_s[ServiceClass.BATCH]):
                 await self._app.ainvoke({"message": MESSAGES[0]})
         except Exception as e:  # LangGraph and the SDK raise what they like; the demo cannot go on
             raise EngineError(f"the first run of the sample failed: {type(e).__name__}: {e}") from e
@@ -107,7 +117,7 @@ class Pass:
         from maestro_langgraph import maestro
 
         await asyncio.sleep(self._began_s + arrival.at_s - time.monotonic())
-        deadline_s = DEADLINES_S[arrival.service_class]
+        deadline_s = self.deadlines_s[arrival.service_class]
         run_id = uuid.uuid4()
         self._run_ids[str(run_id)] = arrival.index
         arrived_s = time.monotonic()

@@ -112,8 +112,8 @@ def check_packages(requirements: Iterable[str] | None = None) -> list[Finding]:
     return findings or [ok("packages", f"{fine} packages in supported versions")]
 
 
-def check_settings() -> tuple[Settings | None, list[Finding]]:
-    """Can the settings be read, and does every ``MAESTRO_*`` variable mean something?"""
+def check_settings(**overrides: str | None) -> tuple[Settings | None, list[Finding]]:
+    """Can the settings be read, and does every ``MAESTRO_*`` variable mean something? ``overrides`` win over them."""
     findings = [
         note(
             "settings",
@@ -123,7 +123,7 @@ def check_settings() -> tuple[Settings | None, list[Finding]]:
         for name in unknown_env()
     ]
     try:
-        settings = Settings.load()
+        settings = Settings.load(**overrides)
         origins = Settings.origins()
     except MaestroError as e:
         return None, [*findings, broken("settings", str(e), "correct or remove it")]
@@ -170,7 +170,7 @@ def check_fleet(fleet: Path | None, settings: Settings) -> tuple[Sequence[Engine
         if path:
             engines = load_fleet(path).engines
             return [e for e in engines if e.url], [
-                ok("fleet", f"{path}: {len(engines)} engines"),
+                ok("fleet", f"{path}: {_count(engines)}"),
                 *(
                     note(f"engine {e.engine_id}", "not launched yet", f"maestro up {path}")
                     for e in engines
@@ -181,7 +181,7 @@ def check_fleet(fleet: Path | None, settings: Settings) -> tuple[Sequence[Engine
             engines = asyncio.run(_published(settings))
             if engines:
                 return engines, [
-                    ok("fleet", f"{len(engines)} engines published by the scheduler of pool {settings.pool!r}")
+                    ok("fleet", f"{_count(engines)}, published by the scheduler of pool {settings.pool!r}")
                 ]
             return [], [
                 broken(
@@ -195,6 +195,37 @@ def check_fleet(fleet: Path | None, settings: Settings) -> tuple[Sequence[Engine
     except MaestroError as e:
         return [], [broken("fleet", str(e), "correct the file")]
     return [], [ok("fleet", "none named: calls go to the URLs that the app's own clients use")]
+
+
+def _count(engines: Sequence[EngineSpec]) -> str:
+    models = ", ".join(dict.fromkeys(e.model for e in engines))
+    return f"{len(engines)} engine{'s' if len(engines) != 1 else ''} serving {models}"
+
+
+def check_models(models: Iterable[str], fleet: Path | None, settings: Settings) -> list[Finding]:
+    """Does the fleet serve each model that an app calls by this name?"""
+    try:
+        path = fleet or settings.fleet
+        engines = load_fleet(path).engines if path else asyncio.run(_published(settings)) if settings.redis_url else ()
+    except MaestroError:
+        return []  # said already, by check_redis and check_fleet
+    served = dict.fromkeys(e.model for e in engines)
+    findings: list[Finding] = []
+    for model in models:
+        name = f"model {model}"
+        if model in served:
+            findings.append(ok(name, f"served by {', '.join(e.engine_id for e in engines if e.model == model)}"))
+        elif served:
+            findings.append(
+                broken(
+                    name,
+                    "no engine of the fleet serves it: calls for it go to the app's own URL, untouched",
+                    f"call one of {', '.join(served)}, or add an engine with model = {json.dumps(model)} to fleet.toml",
+                )
+            )
+        else:
+            findings.append(note(name, "there is no fleet that could serve it", "name one: --fleet fleet.toml"))
+    return findings
 
 
 async def _published(settings: Settings) -> Sequence[EngineSpec]:
@@ -256,18 +287,24 @@ def check_seam() -> list[Finding]:
     return [ok("openai seam", f"openai {version}: calls can be ordered and routed")]
 
 
-def examine(fleet: Path | None = None, say: Callable[[str], None] = lambda _: None) -> list[Finding]:
+def examine(
+    fleet: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    models: Sequence[str] = (),
+    **overrides: str | None,
+) -> list[Finding]:
     """All checks, in the order in which things stand on each other. ``say`` hears which is running."""
     say("Python and packages")
     findings = [*check_python(), *check_packages()]
-    settings, more = check_settings()
+    settings, more = check_settings(**overrides)
     findings += more
     if settings is not None:
         say("Redis")
         findings += check_redis(settings.redis_url)
         say("engines")
         engines, more = check_fleet(fleet, settings)
-        findings += more + check_engines(engines)
+        findings += more + check_engines(engines) + check_models(models, fleet, settings)
     say("the OpenAI seam")
     return findings + check_seam()
 
@@ -288,6 +325,13 @@ def render(findings: Sequence[Finding]) -> Table:
 
 def run(
     fleet: Annotated[Path | None, typer.Option("--fleet", help="A fleet.toml whose engines to look at.")] = None,
+    redis_url: Annotated[
+        str | None, typer.Option("--redis-url", help="Default: MAESTRO_REDIS_URL or maestro.toml.")
+    ] = None,
+    pool: Annotated[str | None, typer.Option("--pool", help="Default: MAESTRO_POOL, else `default`.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="A model that your app calls: is it served? May be repeated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     list_settings: Annotated[
         bool, typer.Option("--settings", help="List every setting and its meaning, and end.")
@@ -299,11 +343,17 @@ def run(
         console.print(settings_table())
         return
     if as_json:
-        findings = examine(fleet)
+        findings = examine(fleet, models=model or (), redis_url=redis_url, pool=pool)
         print(json.dumps({"ok": not any_broken(findings), "checks": [asdict(f) for f in findings]}, indent=2))
     else:
         with console.status("looking") as status:
-            findings = examine(fleet, lambda what: status.update(f"looking at {what}"))
+            findings = examine(
+                fleet,
+                lambda what: status.update(f"looking at {what}"),
+                models=model or (),
+                redis_url=redis_url,
+                pool=pool,
+            )
         console.print(render(findings))
         console.print("Something is broken." if any_broken(findings) else "All is well.")
     if any_broken(findings):

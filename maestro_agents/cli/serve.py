@@ -44,6 +44,7 @@ def scheduler(
     if url is None:
         raise ConfigError("which Redis? Give --redis-url, [redis] url in the fleet file, or MAESTRO_REDIS_URL")
     whole.running()
+    check_policy(policy)
     try:
         ping(url)
     except QueueUnavailable as e:
@@ -57,8 +58,6 @@ async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Se
     from maestro_agents.scheduler import Scheduler
     from maestro_serving.vllm import VllmProbe
 
-    if policy not in ORDERS:
-        raise ConfigError(f"there is no policy {policy!r}: known are {', '.join(ORDERS)}")
     queue = RedisQueue(url, pool=pool, lease_s=settings.lease_s, max_queue=settings.max_queue)
     clock = RedisClock()
     probe = VllmProbe()
@@ -124,6 +123,14 @@ def emulate(
         asyncio.run(serve(config, host=host, port=port, on_ready=ready))
     except OSError as e:
         raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror or e}. Choose another --port, or 0") from None
+
+
+def check_policy(name: str) -> None:
+    """Raise `ConfigError` where there is no such order: before anything is started under it."""
+    from maestro_agents.policy import ORDERS
+
+    if name not in ORDERS:
+        raise ConfigError(f"there is no policy {name!r}: known are {', '.join(ORDERS)}")
 
 
 def until_stopped(work: Coroutine[Any, Any, None]) -> None:

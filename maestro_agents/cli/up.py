@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from maestro_agents import guard
+from maestro_agents.cli.serve import check_policy
 from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError, MaestroError, QueueUnavailable
 from maestro_agents.fleet import Fleet, load_fleet, write_fleet
@@ -195,7 +196,10 @@ class Stack:
         self._redis.start()
         if self._redis.url is None:
             raise ConfigError("no Redis server is here to start: install redis-server, or give the URL of one")
-        ping(self._redis.url)
+        try:
+            ping(self._redis.url)
+        except QueueUnavailable as e:
+            raise QueueUnavailable(f"{e}. Start it, or name none: then one is started here") from None
         self._on_ready("redis", self._redis.explain())
         if self.keep and self._redis.kind != "url":
             self._keep_alive(self._keep("Redis", self._redis.alive, self._redis.restart))
@@ -348,6 +352,7 @@ def run(
     console = Console(highlight=False)
     settings = Settings.load(redis_url=redis_url)
     whole = load_fleet(fleet)
+    check_policy(policy)
     url = redis_url or whole.redis_url or settings.redis_url
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -18,12 +18,12 @@ Order = Callable[[Ticket, Prediction, float], float]
 STRETCH: Final = 4.0
 """How strongly short runs go before long ones: a run with one second less to go overtakes one pushed 4 s earlier."""
 
-SLACK_SHARE: Final = 0.1
+SLACK_SHARE: Final = 0.2
 """Share of its slack by which a run that has time lets others pass: what interactive and batch share by."""
 
 MAX_SLACK_S: Final = 600.0
-LATE_S: Final[Mapping[ServiceClass, float]] = {ServiceClass.INTERACTIVE: 30.0, ServiceClass.BATCH: 60.0}
-"""A stage whose run cannot meet its deadline any more is due this long after it was pushed: a person still waits."""
+LATE_S: Final[Mapping[ServiceClass, float]] = {ServiceClass.INTERACTIVE: 12.0, ServiceClass.BATCH: 60.0}
+"""By how much a stage comes due later once its run cannot meet its deadline any more. A person still waits."""
 
 
 def left_s(prediction: Prediction) -> float:
@@ -37,16 +37,17 @@ def is_late(ticket: Ticket, prediction: Prediction, now_s: float) -> bool:
 
 
 def ours(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
-    """Runs that can still make it, shortest remaining first, least slack first; the others later, never starved.
+    """Shortest remaining run first; those with slack, and those that are lost, let others pass; nobody is starved.
 
-    Bound: a stage is never passed by one pushed more than ``max(LATE_S, STRETCH x left + SLACK_SHARE x MAX_SLACK_S)``
+    Bound: a stage is never passed by one pushed more than ``STRETCH x left + max(LATE_S, SLACK_SHARE x MAX_SLACK_S)``
     seconds after it, since its own moment is not later than that.
     """
-    if is_late(ticket, prediction, now_s):
-        return ticket.pushed_at_s + LATE_S[ticket.service_class]
     left = left_s(prediction)
-    slack = min(ticket.deadline_at_s - ticket.pushed_at_s - left, MAX_SLACK_S)
-    return ticket.pushed_at_s + STRETCH * left + SLACK_SHARE * max(0.0, slack)
+    if is_late(ticket, prediction, now_s):
+        patience_s = LATE_S[ticket.service_class]
+    else:
+        patience_s = SLACK_SHARE * max(0.0, min(ticket.deadline_at_s - ticket.pushed_at_s - left, MAX_SLACK_S))
+    return ticket.pushed_at_s + STRETCH * left + patience_s
 
 
 def fcfs(ticket: Ticket, prediction: Prediction, now_s: float) -> float:

@@ -300,6 +300,9 @@ class MemoryQueue:
         self._tell(stage.ticket.client_id, given)
         return given
 
+    async def described(self, workflow: str) -> str | None:
+        return self._specs.get(workflow)
+
     async def refuse(self, refusal: Refusal, ticket: Ticket, *, now_s: float) -> bool:
         stage = self._stages.get(refusal.stage_id)
         if stage is None or stage.status is not Status.QUEUED:

@@ -396,6 +396,11 @@ class RedisQueue:
         )
         return None if token is None else dataclasses.replace(given, token=int(token))
 
+    async def described(self, workflow: str) -> str | None:
+        async with _reachable():
+            found = await self._redis.hget(self._fixed["workflows"], workflow)
+        return None if found is None else str(found)
+
     async def refuse(self, refusal: Refusal, ticket: Ticket, *, now_s: float) -> bool:
         del now_s
         body = json.dumps({"refusal": dataclasses.asdict(refusal)}, separators=(",", ":"))

@@ -24,6 +24,9 @@ from maestro_agents.client import Client
 from maestro_agents.core import Observation, ServiceClass
 from maestro_agents.queue.redis import RedisQueue
 
+DEADLINES_S: Final = {ServiceClass.INTERACTIVE: 15.0, ServiceClass.BATCH: 120.0}
+"""Fixed beforehand: about three times what a run takes on two idle engines of this size; batch has ample time."""
+
 SLOTS: Final = 4
 """Stages that an engine runs at once (``--max-num-seqs``)."""
 
@@ -57,7 +60,7 @@ async def one_pass(stack: Stack, plan: Sequence[Arrival], app: Any, look: Callab
     """Serve the whole workload under the policy of the scheduler that runs."""
     policy, pool = stack.policy, stack.fleet.pool
     queue = RedisQueue(stack.redis_url, pool=pool)
-    served = Pass(policy, plan, queue=queue, watch=Watch(queue, source=pool), app=app)
+    served = Pass(policy, plan, queue=queue, watch=Watch(queue, source=pool), app=app, deadlines_s=DEADLINES_S)
     results = await served.run(look)
     position, entries = await queue.read_log("", 20_000)
     del position
@@ -78,6 +81,7 @@ async def one_pass(stack: Stack, plan: Sequence[Arrival], app: Any, look: Callab
     waits = [o.wait_s for o in observed]
     return {
         "policy": policy,
+        "deadlines_s": {c.value: s for c, s in DEADLINES_S.items()},
         "classes": by_class,
         "tau": agreement,
         "tau_pairs": pairs,
