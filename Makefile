@@ -15,7 +15,7 @@ lint:
 types:
 	$(PYTHON) -m pyright
 
-test-vllm:       ## needs a `vllm` to start: MAESTRO_TEST_VLLM=/path/to/vllm MAESTRO_TEST_MODEL=/path/to/model
+test-vllm:       ## a real vLLM: MAESTRO_VLLM=/path/bin/vllm MAESTRO_VLLM_MODEL=/path/tiny (docs/vllm-cpu.md makes both)
 	$(PYTHON) -m pytest -m vllm --timeout 900
 
 demo:

@@ -129,7 +129,10 @@ class Settings(BaseSettings):
         description="Seconds within which a run should end, where the code does not say. Unset: 30 for interactive, 600 for batch.",
     )
     tenant: str = Field(
-        default="default", min_length=1, max_length=128, description="Whose work this is; tenants share fairly."
+        default="default",
+        min_length=1,
+        max_length=128,
+        description="Whose work this is: kept with every stage and observation.",
     )
     fleet: Path | None = Field(default=None, description="fleet.toml, where this process runs the scheduler itself.")
     widen_executor: bool = Field(

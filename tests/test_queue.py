@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 from collections.abc import AsyncIterator
 
@@ -393,3 +395,21 @@ async def test_a_workflow_is_described_once(queue: Queue) -> None:
     await queue.describe("w", "something else")
     assert await queue.described("w") == '{"nodes": []}'
     assert await queue.described("x") is None
+
+
+async def test_a_cancelled_reader_ends_though_its_answer_came_at_the_same_moment() -> None:
+    """`asyncio.wait_for` of Python 3.11 can forget a cancellation; a task that reads in a loop must end all the same."""
+
+    class Forgetful:
+        async def zcard(self, _key: str) -> int:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            return 7
+
+    queue = fake_redis_queue()
+    queue._redis = Forgetful()  # the race itself cannot be made to order
+    reader = asyncio.create_task(queue.depth("m"))
+    await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader

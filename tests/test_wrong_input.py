@@ -365,7 +365,10 @@ def test_doctor_finds_a_wrong_fleet_file_and_wrong_settings(run: Run, monkeypatc
 
 def test_doctor_finds_an_sdk_that_changed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of the SDK whose seam is not as the gate needs it is broken, with what happens then."""
-    monkeypatch.setattr(sdk.AsyncAPIClient, "request", lambda self, kind: None)
+    
+    def request(self: Any, kind: Any) -> None: ...
+
+    monkeypatch.setattr(sdk.AsyncAPIClient, "request", request)
     status, found = checks(run)
     assert status == 1
     assert f"openai {openai.__version__} is not supported" in found["openai seam"]["detail"]

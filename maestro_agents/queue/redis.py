@@ -528,11 +528,19 @@ class RedisQueue:
 
 @contextlib.asynccontextmanager
 async def _reachable() -> AsyncIterator[None]:
-    """Turn a connection's troubles into `QueueUnavailable`; an error of ours (a wrong script) stays what it is."""
+    """Turn a connection's troubles into `QueueUnavailable`; an error of ours (a wrong script) stays what it is.
+
+    A cancellation that came meanwhile is raised here: redis-py waits with `asyncio.wait_for`, which before Python 3.12
+    forgets one that arrives together with the answer (cpython issue 86296), and the cancelled task would live on.
+    """
+    task = asyncio.current_task()
+    cancelled = task.cancelling() if task else 0
     try:
         yield
     except (RedisError, OSError, TimeoutError) as e:
         raise _told(e) from e
+    if task and task.cancelling() > cancelled:
+        raise asyncio.CancelledError
 
 
 def _told(error: Exception) -> Exception:
