@@ -1,3 +1,4 @@
+# ruff: noqa: INP001 - a script
 """Write the parts of the docs that are read from the code: ``python docs/generate.py``.
 
 A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. ``tests/test_docs.py`` fails where one is not what
@@ -22,7 +23,7 @@ from maestro_agents.queue import memory
 from maestro_agents.settings import Settings
 
 DOCS: Final = Path(__file__).resolve().parent
-PART: Final = re.compile(r"(?<=<!-- generated: )(\w+)( -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+PART: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
@@ -131,7 +132,7 @@ PARTS: Final = {"settings": settings, "constants": constants, "commands": comman
 
 def generated(text: str) -> str:
     """The same page with its generated parts as they should be."""
-    return PART.sub(lambda m: f"{m[1]}{m[2]}{PARTS[m[1]]()}", text)
+    return PART.sub(lambda m: f"{m[1]}\n{PARTS[m[2]]()}\n\n{m[3]}", text)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ Run = Callable[..., tuple[int, str, str]]
 Answers = Callable[..., list[str]]
 
 
+def words_of(value: list[str] | str) -> str:
+    """The command line that names a case."""
+    return " ".join(value) if isinstance(value, list) else ""
+
+
 @pytest.fixture(scope="module")
 def emulator() -> Iterator[Emulator]:
     """An engine that answers at once."""
@@ -62,7 +67,10 @@ def answers() -> Iterator[Answers]:
         async def ask(program: CompiledStateGraph[Any, Any, Any, Any], runs: int) -> list[str]:
             return [(await program.ainvoke({"question": "Is anybody there?"}))["answer"] for _ in range(runs)]
 
-        yield lambda program, runs=1: runner.run(ask(program, runs))
+        def run_it(program: CompiledStateGraph[Any, Any, Any, Any], runs: int = 1) -> list[str]:
+            return runner.run(ask(program, runs))
+
+        yield run_it
 
 
 @pytest.fixture
@@ -147,7 +155,7 @@ def test_no_redis_named(run: Run, words: list[str]) -> None:
         ["queue", "show", "a"],
         ["up", "fleet.toml"],
     ],
-    ids=lambda words: " ".join(words[:2]),
+    ids=words_of,
 )
 def test_a_url_that_is_none_of_a_redis(run: Run, words: list[str]) -> None:
     """A wrong scheme is answered with the right ones and an example."""
@@ -250,7 +258,7 @@ def test_a_wrong_variable(run: Run, monkeypatch: pytest.MonkeyPatch, name: str, 
         (["bench", "faults", "--kind", "fire"], "--kind 'fire': one of app, scheduler, engine, redis"),
         (["queue", "ls", "--redis-url", NO_REDIS, "--pool", "a b"], "pool = 'a b': string should match pattern"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=words_of,
 )
 def test_a_wrong_argument(run: Run, words: list[str], says: str) -> None:
     """Names that do not exist, files without what should be in them."""
@@ -269,7 +277,7 @@ def test_a_wrong_argument(run: Run, words: list[str], says: str) -> None:
         (["demo", "--runs", "0"], "Invalid value for '--runs': Input should be greater than or equal to 1"),
         (["queue", "show"], "Missing argument 'stage'"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=words_of,
 )
 def test_a_wrong_word_on_the_command_line(run: Run, words: list[str], says: str) -> None:
     """Status 2, the usage of the command, and one line that begins with Error."""
@@ -365,7 +373,7 @@ def test_doctor_finds_a_wrong_fleet_file_and_wrong_settings(run: Run, monkeypatc
 
 def test_doctor_finds_an_sdk_that_changed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of the SDK whose seam is not as the gate needs it is broken, with what happens then."""
-    
+
     def request(self: Any, kind: Any) -> None: ...
 
     monkeypatch.setattr(sdk.AsyncAPIClient, "request", request)

@@ -129,7 +129,8 @@ class MemoryQueue:
         box, mail = self._inbox[client_id], self._mail[client_id]
         if not box:
             try:
-                await asyncio.wait_for(mail.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):  # not wait_for: before 3.12 it can forget a cancellation
+                    await mail.wait()
             except TimeoutError:
                 return ()
         mail.clear()
@@ -256,7 +257,8 @@ class MemoryQueue:
 
     async def wake(self, timeout_s: float) -> None:
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
         except TimeoutError:
             return
         self._wake.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,7 +123,8 @@ def measure_order(
     seed: Annotated[int, typer.Option(help="Arrivals, messages and lengths.")] = 0,
     scale: Annotated[float, typer.Option(help="Length of answers, relative to the demo's.")] = 0.5,
     rate: Annotated[float, typer.Option(min=0.01, help="Arrivals, relative to the demo's.")] = 0.4,
-    overcommit: Annotated[int, typer.Option(min=0, help="Grants an engine gets beyond what it runs at once.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes of each policy.")] = 2,
+    overcommit: Annotated[int, typer.Option(min=0, help="Grants an engine gets beyond what it runs at once.")] = 1,
     events: Events = None,
     as_json: Json = False,
 ) -> None:
@@ -130,24 +132,24 @@ def measure_order(
     from maestro_agents.cli.bench import order as bench
 
     console = Console(stderr=True)
-    said: dict[str, int] = {}
+    said: dict[int, int] = {}
 
     def look(now: Any) -> None:
         ended = len(now.results)
-        if ended >= said.get(now.policy, 0) + 10 or (ended == runs and said.get(now.policy) != runs):
-            said[now.policy] = ended
+        if ended > said.get(id(now), 0) and (ended % 10 == 0 or ended == runs):
+            said[id(now)] = ended
             console.print(f"{now.policy}: {ended} of {runs} runs ended")
 
-    found = bench.run(engine, runs, seed, scale, rate, overcommit, look)
+    found = bench.run(engine, runs, seed, scale, rate, rounds, overcommit, look)
     if events:
-        lines = [json.dumps(e) for p in found for e in (*p["events"], *p["runs"])]
+        lines = [json.dumps({"policy": p["policy"], **e}) for p in found for e in (*chain(*p["events"]), *p["runs"])]
         events.write_text("\n".join(lines) + "\n", encoding="utf-8")
     first, ours = found
     ratio = ours["classes"]["interactive"]["p95_s"] / first["classes"]["interactive"]["p95_s"]
     if as_json:
         print(json.dumps({"label": fleets.label(engine), "interactive_p95_ratio": ratio, "policies": found}))
         return
-    table = Table(title=f"{runs} runs each way, two engines: {engine} ({fleets.label(engine)}), seed {seed}")
+    table = Table(title=f"{rounds} x {runs} runs each way; engines: {engine} ({fleets.label(engine)})")
     for name in ("policy", "class", "completed", "in time", "p50 s", "p95 s", "tau (pairs)", "fast"):
         table.add_column(name, no_wrap=True)
     for p in found:

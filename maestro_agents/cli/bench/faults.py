@@ -90,7 +90,8 @@ class App:
                 return holds()
             self.changed.clear()
             try:
-                await asyncio.wait_for(self.changed.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self.changed.wait()
             except TimeoutError:
                 return holds()
         return True

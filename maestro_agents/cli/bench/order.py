@@ -1,6 +1,7 @@
 """`maestro bench order`: the sample's runs on two engines, first come first served and under Maestro, in one session.
 
-The same arrivals, messages and lengths both times (`demo_input`), deadlines fixed beforehand. Reported: run completion
+In rounds, one pass of each policy per round and the order of the two turned every time. The same arrivals, messages and
+lengths in both passes of a round (`demo_input`), deadlines fixed beforehand. Reported: run completion
 and deadlines by class, and whether the engine's own order agrees with ours: Kendall's tau over all pairs of stages that
 waited on one engine at the same time, of (our moment, the moment the engine began it). The engine gets more grants than
 it runs at once (``--overcommit``), so that part of the waiting is in its own queue, where only its priority orders.
@@ -18,6 +19,7 @@ from maestro_agents.cli.bench.stack import MODEL
 from maestro_agents.cli.bench.stack import stack as make_stack
 from maestro_agents.cli.demo_input import MESSAGES, Arrival, arrivals
 from maestro_agents.cli.demo_pass import Pass, length_of, sample
+from maestro_agents.cli.demo_report import RunResult
 from maestro_agents.cli.snapshot import Watch
 from maestro_agents.cli.up import Stack
 from maestro_agents.client import Client
@@ -56,55 +58,75 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] if ordered else float("nan")
 
 
-async def one_pass(stack: Stack, plan: Sequence[Arrival], app: Any, look: Callable[[Pass], None]) -> dict[str, Any]:
-    """Serve the whole workload under the policy of the scheduler that runs."""
-    policy, pool = stack.policy, stack.fleet.pool
-    queue = RedisQueue(stack.redis_url, pool=pool)
-    served = Pass(policy, plan, queue=queue, watch=Watch(queue, source=pool), app=app, deadlines_s=DEADLINES_S)
-    results = await served.run(look)
-    position, entries = await queue.read_log("", 20_000)
-    del position
-    observed = [o for o in entries if isinstance(o, Observation)]
-    await queue.close()
-    agreement, pairs = tau(observed)
-    by_class: dict[str, Any] = {}
-    for c in ServiceClass:
-        mine = [r for r in results if r.service_class is c]
+@dataclasses.dataclass(kw_only=True)
+class Served:
+    """What one policy did, over all its passes."""
+
+    policy: str
+    runs: list[RunResult] = dataclasses.field(default_factory=list[RunResult])
+    #: Stages by pass: pairs of different passes never waited together.
+    passes: list[list[Observation]] = dataclasses.field(default_factory=list[list[Observation]])
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures, and the raw events that they are counted from."""
+        agreements = [tau(observed) for observed in self.passes]
+        pairs = sum(n for _, n in agreements)
+        stages = [o for observed in self.passes for o in observed]
+        return {
+            "policy": self.policy,
+            "deadlines_s": {c.value: s for c, s in DEADLINES_S.items()},
+            "classes": {c.value: self._of(c) for c in ServiceClass},
+            "tau": sum(t * n for t, n in agreements if n) / pairs if pairs else float("nan"),
+            "tau_pairs": pairs,
+            "stages": len(stages),
+            "fast": sum(o.fast for o in stages),
+            "wait_mean_s": statistics.fmean(o.wait_s for o in stages) if stages else 0.0,
+            "engine_queue_mean_s": statistics.fmean(o.engine_queue_s for o in stages) if stages else 0.0,
+            "runs": [
+                {"index": r.index, "class": r.service_class, "took_s": r.took_s, "met": r.met, "error": r.error}
+                for r in self.runs
+            ],
+            "events": [
+                [
+                    {
+                        "engine": o.engine_id, "role": o.role, "run": o.run_id, "priority": o.priority, "fast": o.fast,
+                        "pushed_at_s": o.pushed_at_s, "granted_at_s": o.granted_at_s, "queued_s": o.engine_queue_s,
+                        "finished_at_s": o.finished_at_s, "output_tokens": o.output_tokens,
+                    }
+                    for o in observed
+                ]
+                for observed in self.passes
+            ],
+        }  # fmt: skip
+
+    def _of(self, c: ServiceClass) -> dict[str, Any]:
+        mine = [r for r in self.runs if r.service_class is c]
         took = [r.took_s for r in mine if r.done]
-        by_class[c.value] = {
+        return {
             "runs": len(mine),
             "completed": len(took),
             "in_time": sum(r.met for r in mine),
             "p50_s": quantile(took, 0.5),
             "p95_s": quantile(took, 0.95),
         }
-    waits = [o.wait_s for o in observed]
-    return {
-        "policy": policy,
-        "deadlines_s": {c.value: s for c, s in DEADLINES_S.items()},
-        "classes": by_class,
-        "tau": agreement,
-        "tau_pairs": pairs,
-        "stages": len(observed),
-        "fast": sum(o.fast for o in observed),
-        "wait_mean_s": statistics.fmean(waits) if waits else 0.0,
-        "engine_queue_mean_s": statistics.fmean([o.engine_queue_s for o in observed]) if observed else 0.0,
-        "events": [
-            {
-                "policy": policy, "engine": o.engine_id, "role": o.role, "class": o.service_class, "priority": o.priority,
-                "pushed_at_s": o.pushed_at_s, "granted_at_s": o.granted_at_s, "engine_queue_s": o.engine_queue_s,
-                "finished_at_s": o.finished_at_s, "output_tokens": o.output_tokens, "run": o.run_id, "fast": o.fast,
-            }
-            for o in observed
-        ],
-        "runs": [{"policy": policy, "index": r.index, "class": r.service_class, "took_s": r.took_s, "met": r.met, "error": r.error} for r in results],
-    }  # fmt: skip
 
 
-async def both(
-    stack: Stack, plan: Sequence[Arrival], scale: float, look: Callable[[Pass], None]
+async def one_pass(stack: Stack, plan: Sequence[Arrival], app: Any, into: Served, look: Callable[[Pass], None]) -> None:
+    """Serve the whole workload under the policy of the scheduler that runs."""
+    pool = stack.fleet.pool
+    queue = RedisQueue(stack.redis_url, pool=pool)
+    watch = Watch(queue, source=pool)
+    served = Pass(into.policy, plan, queue=queue, watch=watch, app=app, deadlines_s=DEADLINES_S)
+    into.runs += await served.run(look)
+    entries = (await queue.read_log("", 20_000))[1]
+    into.passes.append([o for o in entries if isinstance(o, Observation)])
+    await queue.close()
+
+
+async def measure(
+    stack: Stack, runs: int, seed: int, scale: float, rate: float, rounds: int, look: Callable[[Pass], None]
 ) -> list[dict[str, Any]]:
-    """Both passes, first come first served first, each in a pool of its own on the same two engines."""
+    """Both policies in turn, the first of a round being the second of the next: a machine that drifts favours neither."""
 
     def lengths(node: str, prompt: str) -> dict[str, Any]:
         wanted = max(1, round(length_of(node, prompt)["min_tokens"] * scale))
@@ -112,25 +134,33 @@ async def both(
 
     # The address is never called: the fleet decides. A call that went there by mistake would fail and be counted.
     app = sample("support_triage").build(MODEL, "http://127.0.0.1:9/v1", lengths)
-    found: list[dict[str, Any]] = []
-    for policy in ("fcfs", "ours"):
-        await asyncio.to_thread(stack.start_scheduler, policy=policy, pool=f"order-{policy}")
-        Client.configure(redis_url=stack.redis_url, pool=stack.fleet.pool)
-        try:
-            found.append(await one_pass(stack, plan, app, look))
-        finally:
-            await asyncio.to_thread(Client.reset)
-    return found
+    found = {policy: Served(policy=policy) for policy in ("fcfs", "ours")}
+    for n in range(rounds):
+        plan = [dataclasses.replace(a, at_s=a.at_s / rate) for a in arrivals(MESSAGES, runs=runs, seed=seed + n)]
+        for policy in ("fcfs", "ours") if n % 2 == 0 else ("ours", "fcfs"):
+            await asyncio.to_thread(stack.start_scheduler, policy=policy, pool=f"order-{n}-{policy}")
+            Client.configure(redis_url=stack.redis_url, pool=stack.fleet.pool)
+            try:
+                await one_pass(stack, plan, app, found[policy], look)
+            finally:
+                await asyncio.to_thread(Client.reset)
+    return [served.to_json() for served in found.values()]
 
 
 def run(
-    engine: str, runs: int, seed: int, scale: float, rate: float, overcommit: int, look: Callable[[Pass], None]
+    engine: str,
+    runs: int,
+    seed: int,
+    scale: float,
+    rate: float,
+    rounds: int,
+    overcommit: int,
+    look: Callable[[Pass], None],
 ) -> list[dict[str, Any]]:
-    """Bring the fleet up, serve both passes, take it down."""
-    plan = [dataclasses.replace(a, at_s=a.at_s / rate) for a in arrivals(MESSAGES, runs=runs, seed=seed)]
+    """Bring the fleet up, serve all passes, take it down."""
     stack = make_stack(engine, slots=SLOTS + overcommit, max_num_seqs=SLOTS)
     try:
         stack.start(scheduler=False)
-        return asyncio.run(both(stack, plan, scale, look))
+        return asyncio.run(measure(stack, runs, seed, scale, rate, rounds, look))
     finally:
         stack.stop()
