@@ -5,21 +5,24 @@ survive is in the queue (tickets, leases, reservations) or a fold over its obser
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections import OrderedDict
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from typing import Final, TypeVar
 
 from maestro_agents import policy
 from maestro_agents.core import EngineSpec, EngineState, Observation, Prediction, RunEnd, Ticket
 from maestro_agents.errors import QueueUnavailable
 from maestro_agents.policy import Order, Plan, Snapshot
-from maestro_agents.ports import Clock, EngineHealth, EngineProbe, Queue
-from maestro_agents.predict.roles import RoleStatistics
+from maestro_agents.ports import Clock, EngineHealth, EngineProbe, Queue, Reservation, Running
+from maestro_agents.predict.roles import MAX_ROLES, RoleStatistics
 from maestro_agents.predict.speed import EngineSpeeds
+from maestro_agents.queue.memory import LOG_LENGTH
 from maestro_agents.workflow import Workflows
+
+T = TypeVar("T")
 
 log = logging.getLogger("maestro.scheduler")
 
@@ -32,8 +35,22 @@ TICK_S: Final = 0.25
 PROBE_S: Final = 0.5
 """Seconds between two looks at an engine's health and metrics."""
 
+PROBE_LIMIT_S: Final = 3.0
+"""An engine that takes longer to say how it is does not answer."""
+
 FAILURES: Final = 2
 """Probes in a row that an engine must fail before it counts as dead: one may be lost on a busy machine."""
+
+ARRIVAL_S: Final = 0.25
+"""A stage granted less than this before an engine was looked at may not have reached it yet."""
+
+DRAIN_LEASES: Final = 6.0
+"""Leases after which a reservation is given back though its engine never agreed: others may use that engine too."""
+
+GRAPH_RETRY_S: Final = 30.0
+"""Seconds after which a workflow that nobody had described is asked for again."""
+
+MAX_GRAPHS: Final = 10_000
 
 
 class Scheduler:
@@ -70,17 +87,25 @@ class Scheduler:
         self._health: dict[str, EngineHealth] = {}
         self._failures: dict[str, int] = {}
         self._probed_at_s: dict[str, float] = {}
+        self._says_kv = {e.engine_id for e in self.engines.values() if not e.kv_bytes}
+        #: Engine -> the moment of the look that was judged last, and the reservations that looked free by it.
+        self._spare: dict[str, tuple[float, int]] = {}
         self._hold_until_s = 0.0
         self._incarnation: str | None = None
         self._log_at = ""
+        self._taken: OrderedDict[str, None] = OrderedDict()
+        self._graphs: OrderedDict[str, float] = OrderedDict()
+        self._p99: OrderedDict[str, float] = OrderedDict()
+        self._p99_due: dict[str, float] = {}
         self._led_at_s = -math.inf
-        self._published_at_s = -math.inf
         self._reaped_at_s = -math.inf
+        self._bugs: set[tuple[str, type[Exception]]] = set()
 
     # -- the loop ----------------------------------------------------------------------------------------------------
     async def run(self) -> None:
-        """Lead whenever leadership is free; outlive the queue's outages."""
-        watcher = asyncio.create_task(self._watch_engines()) if self.probe else None
+        """Lead whenever leadership is free; outlive the queue's outages, and bugs."""
+        await asyncio.gather(*(self._look(e) for e in list(self.engines.values())))  # first see, then lead
+        watcher = asyncio.create_task(self._watch_engines())
         try:
             while True:
                 try:
@@ -88,26 +113,43 @@ class Scheduler:
                         await self.step()
                         await self.queue.wake(TICK_S)
                     else:
+                        await self.learn()  # whoever takes over knows already
                         await asyncio.sleep(TICK_S)
                 except QueueUnavailable as e:
                     if self.leading:
                         log.warning("%s Waiting for it; engines go on with what they have.", e)
                     self.leading = False
                     await asyncio.sleep(TICK_S)
+                except Exception as e:
+                    self._bug("the round", e)
+                    await asyncio.sleep(TICK_S)
         finally:
-            if watcher:
-                watcher.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await watcher
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
 
     async def step(self) -> Plan:
-        """One round."""
-        await self.learn()
-        snapshot = await self.collect()
-        plan = policy.plan(snapshot, self.order, epoch=self.epoch, now_s=self.clock.now_s())
+        """One round. What goes wrong in one part of it does not keep the others from their work."""
+        await self._part("learning", self.learn())
+        plan = await self._part("planning", self.decide()) or Plan()
         await self.act(plan)
-        await self.keep_house()
+        await self._part("keeping house", self.keep_house())
         return plan
+
+    async def _part(self, name: str, work: Awaitable[T]) -> T | None:
+        """Do a part of a round; an unexpected exception is logged, and None its result."""
+        try:
+            return await work
+        except QueueUnavailable:
+            raise
+        except Exception as e:
+            self._bug(name, e)
+            return None
+
+    def _bug(self, where: str, error: Exception) -> None:
+        """Log an unexpected exception, once per kind."""
+        if (where, type(error)) not in self._bugs:
+            self._bugs.add((where, type(error)))
+            log.error("a bug (%s); the scheduler goes on", where, exc_info=error)
 
     # -- lead --------------------------------------------------------------------------------------------------------
     async def lead(self) -> bool:
@@ -115,9 +157,13 @@ class Scheduler:
         now_s = self.clock.now_s()
         if self.leading and now_s - self._led_at_s < self.lease_s / 5:
             return True
-        restarted = await self._store_restarted()
+        incarnation = await self.queue.incarnation()
+        restarted = self._incarnation not in {None, incarnation}
         at_least = self.epoch + 1 if restarted else 0
         epoch = await self.queue.lead(self.holder, ttl_s=self.lease_s / 2, now_s=now_s, at_least=at_least)
+        self._incarnation = incarnation  # only now: a restart that was noticed during an outage still counts after it
+        if restarted:
+            self._log_at = ""  # what the store remembers of the log may be less than we have read
         if epoch is None:
             self.leading = False
             return False
@@ -126,33 +172,32 @@ class Scheduler:
             log.warning("the queue's store restarted: epoch %d, no new grants for %.1f s", epoch, self.lease_s)
         if epoch != self.epoch:
             log.info("leading with epoch %d as %s", epoch, self.holder)
-            self._published_at_s = -math.inf
+            self._p99_due = dict(self._p99)  # to a store that may know none of it
         self.epoch, self.leading, self._led_at_s = epoch, True, now_s
-        if now_s - self._published_at_s > 1.0:
-            await self.publish()
-        return True
-
-    async def _store_restarted(self) -> bool:
-        incarnation = await self.queue.incarnation()
-        before, self._incarnation = self._incarnation, incarnation
-        if before is not None and before != incarnation:
-            self._log_at = ""  # what it remembers of the log may be less than we have read
-            return True
-        return False
+        await self.publish()
+        return self.leading
 
     async def publish(self) -> None:
         """Publish the fleet and its credits: live engines only, and none while grants are held back."""
         now_s = self.clock.now_s()
         valid_until_s = 0.0 if now_s < self._hold_until_s else now_s + self.lease_s / 2
         live = [e for e in self.engines.values() if self.healthy(e.engine_id)]
-        if await self.queue.publish(live, p99=self.roles.changed_p99(), epoch=self.epoch, valid_until_s=valid_until_s):
-            self._published_at_s = now_s
-        else:
-            self.leading = False
+        changed = self.roles.changed_p99()
+        self._p99_due |= changed
+        for role, tokens in changed.items():
+            self._p99[role] = tokens
+            self._p99.move_to_end(role)
+            if len(self._p99) > MAX_ROLES:
+                self._p99.popitem(last=False)
+        self.leading = await self.queue.publish(live, p99=self._p99_due, epoch=self.epoch, valid_until_s=valid_until_s)
+        if self.leading:
+            self._p99_due = {}
 
     async def add_engine(self, engine: EngineSpec) -> None:
         """Let an engine join while running."""
         self.engines[engine.engine_id] = engine
+        if not engine.kv_bytes:
+            self._says_kv.add(engine.engine_id)
         if self.leading:
             await self.publish()
 
@@ -161,16 +206,47 @@ class Scheduler:
         return self.probe is None or (engine_id in self._health and self._failures.get(engine_id, 0) < FAILURES)
 
     # -- collect, predict --------------------------------------------------------------------------------------------
+    async def decide(self) -> Plan:
+        """What to do now."""
+        snapshot = await self.collect()
+        return policy.plan(snapshot, self._moment, epoch=self.epoch, now_s=self.clock.now_s())
+
+    def _moment(self, ticket: Ticket, prediction: Prediction, now_s: float) -> float:
+        """The order's answer; first come, first served where a user's own fails."""
+        try:
+            moment = float(self.order(ticket, prediction, now_s))
+            if not math.isnan(moment):
+                return moment
+            raise ValueError("a moment cannot be NaN")
+        except Exception as e:
+            self._bug("the order", e)
+            return ticket.pushed_at_s
+
     async def collect(self) -> Snapshot:
         """The waiting stages that may go next, what they will cost, and the fleet as it is."""
+        nothing = Snapshot(tickets=(), predictions={}, engines=())
         if self.clock.now_s() < self._hold_until_s:
-            return Snapshot(tickets=(), predictions={}, engines=())
+            return nothing
         tickets: list[Ticket] = []
         for model in {e.model for e in self.engines.values()}:
-            tickets.extend(await self.queue.heads(model, HEADS))
+            tickets.extend(await self._part(f"heads of {model}", self.queue.heads(model, HEADS)) or ())
         if not tickets:
-            return Snapshot(tickets=(), predictions={}, engines=())
+            return nothing
+        await self._read_graphs(tickets)
         return Snapshot(tickets=tickets, predictions=self.predict(tickets), engines=await self.fleet())
+
+    async def _read_graphs(self, tickets: Iterable[Ticket]) -> None:
+        """The static graphs of workflows that are new here."""
+        now_s = self.clock.now_s()
+        for workflow in {t.workflow for t in tickets if t.workflow}:
+            if now_s < self._graphs.get(workflow, 0.0):
+                continue
+            spec = await self.queue.described(workflow)
+            if spec is not None:
+                self.workflows.describe(workflow, spec)
+            self._graphs[workflow] = math.inf if spec is not None else now_s + GRAPH_RETRY_S
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
 
     def predict(self, tickets: Sequence[Ticket]) -> Mapping[str, Prediction]:
         """What each stage and the run behind it will cost, on the fastest engine of its model."""
@@ -207,11 +283,11 @@ class Scheduler:
     async def act(self, plan: Plan) -> None:
         """Carry a plan out. A grant that the queue refuses (cancelled meanwhile, credits spent) is simply not made."""
         for model, moments in plan.moments.items():
-            await self.queue.reorder(moments, model)
+            await self._part("reordering", self.queue.reorder(moments, model))
         for ticket, refusal in plan.refusals:
-            await self.queue.refuse(refusal, ticket, now_s=self.clock.now_s())
+            await self._part("refusing", self.queue.refuse(refusal, ticket, now_s=self.clock.now_s()))
         for ticket, grant in plan.grants:
-            given = await self.queue.grant(grant, ticket, now_s=self.clock.now_s())
+            given = await self._part("granting", self.queue.grant(grant, ticket, now_s=self.clock.now_s()))
             self.decisions += given is not None
 
     async def keep_house(self) -> None:
@@ -226,41 +302,68 @@ class Scheduler:
         await self.settle()
 
     async def settle(self) -> None:
-        """Give a reservation back once its engine is dead, says that it is idle enough, or (mute) after a lease.
+        """Give draining reservations back that their engine does not compute any more.
 
-        An engine that runs R requests while L live grants sit on it may still compute R - L of the draining ones.
+        A dead engine computes nothing. A mute one (no metrics) is believed idle after a lease. One that says how much it
+        runs is believed once two looks at it agree (`_agreed`); one that never agrees, after `DRAIN_LEASES`.
         """
-        by_engine: dict[str, list[tuple[float, int]]] = {}
-        draining = await self.queue.draining()
+        draining: dict[str, list[Reservation]] = {}
+        for r in await self.queue.draining():
+            draining.setdefault(r.engine_id, []).append(r)
+        self._spare = {e: s for e, s in self._spare.items() if e in draining}
         if not draining:
             return
-        live: dict[str, int] = {}
-        for running in await self.queue.running():
-            live[running.engine_id] = live.get(running.engine_id, 0) + 1
-        for i, r in enumerate(draining):
-            by_engine.setdefault(r.engine_id, []).append((r.since_s, i))
+        running = await self.queue.running()
         now_s = self.clock.now_s()
-        for engine_id, entries in by_engine.items():
+        for engine_id, entries in draining.items():
             health = self._health.get(engine_id)
-            entries.sort()
             if engine_id not in self.engines or not self.healthy(engine_id):
                 free = entries
-            elif health is None or health.running < 0:
-                free = [e for e in entries if now_s - e[0] >= self.lease_s]
+            elif health is None or not 0 <= health.running < math.inf:
+                free = [r for r in entries if now_s - r.since_s >= self.lease_s]
             else:
-                seen_at_s = self._probed_at_s.get(engine_id, 0.0)
-                busy = max(0, health.running + max(0, health.waiting) - live.get(engine_id, 0))
-                free = [e for e in entries[: max(0, len(entries) - busy)] if e[0] < seen_at_s]
-            for _, i in free:
-                await self.queue.settle(draining[i])
+                free = [r for r in entries if now_s - r.since_s >= DRAIN_LEASES * self.lease_s]
+                free = free or self._agreed(engine_id, health, entries, running)
+            for r in free:
+                await self.queue.settle(r)
+
+    def _agreed(
+        self, engine_id: str, health: EngineHealth, entries: Iterable[Reservation], running: Iterable[Running]
+    ) -> list[Reservation]:
+        """Reservations that are free by an engine's own account, at its last look and at the one before.
+
+        An engine that has R requests while L stages with a live grant have reached it may still compute R - L of those
+        that drain; which ones it does not say, so the smallest reservations are given back first. Two looks, since a
+        count may miss a request that arrives this moment, and L may hold one that ends this moment.
+        """
+        looked_at_s = self._probed_at_s[engine_id]
+        judged_at_s, before = self._spare.get(engine_id, (-math.inf, 0))
+        if looked_at_s <= judged_at_s:
+            return []
+        live = sum(1 for s in running if s.engine_id == engine_id and s.granted_at_s < looked_at_s - ARRIVAL_S)
+        busy = max(0, health.running + max(0, health.waiting) - live)
+        old = sorted((r for r in entries if r.since_s < looked_at_s), key=lambda r: r.kv_bytes)
+        spare = max(0, len(old) - busy)
+        free = old[: min(spare, before)]
+        self._spare[engine_id] = (looked_at_s, spare - len(free))
+        return free
 
     # -- learn -------------------------------------------------------------------------------------------------------
     async def learn(self) -> None:
-        """Fold new observations into the statistics; at the start that rebuilds them."""
+        """Fold new observations into the statistics; at the start that rebuilds them. Each entry teaches once."""
         while True:
             self._log_at, entries = await self.queue.read_log(self._log_at, 500)
             for entry in entries:
-                self.take(entry)
+                name = f"{entry.run_id} {entry.ended_at_s}" if isinstance(entry, RunEnd) else entry.stage_id
+                if name in self._taken:
+                    continue  # the log is read again from its beginning after the store restarted
+                self._taken[name] = None
+                if len(self._taken) > LOG_LENGTH:
+                    self._taken.popitem(last=False)
+                try:
+                    self.take(entry)
+                except Exception as e:
+                    self._bug("learning", e)
             if len(entries) < 500:
                 return
 
@@ -273,27 +376,44 @@ class Scheduler:
         self.speeds.observe(entry)
         self.workflows.observe(entry)
 
+    # -- engines -----------------------------------------------------------------------------------------------------
     async def _watch_engines(self) -> None:
-        """Ask every engine how it is, all at once, for ever."""
-        while True:
-            await asyncio.gather(*(self._look(e) for e in list(self.engines.values())))
-            await asyncio.sleep(PROBE_S)
+        """Ask every engine how it is, for ever. One that is slow to answer does not keep the others waiting."""
+        looks: dict[str, asyncio.Task[None]] = {}
+        try:
+            while self.probe is not None:
+                await asyncio.sleep(PROBE_S)
+                for engine in list(self.engines.values()):
+                    if engine.engine_id not in looks or looks[engine.engine_id].done():
+                        looks[engine.engine_id] = asyncio.create_task(self._look(engine))
+        finally:
+            for look in looks.values():
+                look.cancel()
+            await asyncio.gather(*looks.values(), return_exceptions=True)
 
     async def _look(self, engine: EngineSpec) -> None:
-        assert self.probe is not None
+        if self.probe is None:
+            return
+        engine_id = engine.engine_id
         asked_at_s = self.clock.now_s()
-        health = await self.probe.probe(engine)
-        was = self.healthy(engine.engine_id)
+        health = EngineHealth(healthy=False)
+        try:
+            async with asyncio.timeout(PROBE_LIMIT_S):
+                health = await self.probe.probe(engine)
+        except TimeoutError:
+            pass
+        except Exception as e:  # a probe promises not to
+            self._bug(f"the probe of {engine_id}", e)
+        was = self.healthy(engine_id)
         if not health.healthy:
-            self._failures[engine.engine_id] = self._failures.get(engine.engine_id, 0) + 1
+            self._failures[engine_id] = self._failures.get(engine_id, 0) + 1
         else:
-            self._failures[engine.engine_id] = 0
-            self._health[engine.engine_id] = health
-            self._probed_at_s[engine.engine_id] = asked_at_s
-            if health.kv_tokens and not engine.kv_bytes:
+            self._failures[engine_id] = 0
+            self._health[engine_id] = health
+            self._probed_at_s[engine_id] = asked_at_s
+            if health.kv_tokens > 0 and engine_id in self._says_kv:
                 kv_bytes = health.kv_tokens * engine.kv_bytes_per_token
-                self.engines[engine.engine_id] = dataclasses.replace(engine, kv_bytes=kv_bytes)
-        if was != self.healthy(engine.engine_id):
-            log.warning("engine %s is %s", engine.engine_id, "dead" if was else "alive")
-            self._published_at_s = -math.inf
+                self.engines[engine_id] = dataclasses.replace(engine, kv_bytes=kv_bytes)
+        if was != self.healthy(engine_id):
+            log.warning("engine %s is %s", engine_id, "dead" if was else "alive")
             self._led_at_s = -math.inf  # publish the changed fleet in the next round

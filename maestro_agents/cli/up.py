@@ -382,9 +382,7 @@ def run(
 
 
 def _tell(console: Console, stack: Stack) -> None:
-    console.print(
-        f"\nLogs: {stack.logs}. Ctrl-C ends it all. Apps, and `maestro top` elsewhere, join with:", markup=False
-    )
+    console.print(f"\nLogs: {stack.logs}. Ctrl-C ends it all. Apps and `maestro top` join with:", markup=False)
     lines = [f"export MAESTRO_REDIS_URL={stack.redis_url}"]
     if stack.fleet.pool != "default":
         lines.append(f"export MAESTRO_POOL={stack.fleet.pool}")

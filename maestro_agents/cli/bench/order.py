@@ -33,17 +33,23 @@ SLOTS: Final = 4
 """Stages that an engine runs at once (``--max-num-seqs``)."""
 
 
+TOGETHER_S: Final = 0.02
+
+
 def tau(observed: Sequence[Observation]) -> tuple[float, int]:
     """Kendall's tau (ties left out) between our order and the engine's, and how many pairs it rests on.
 
     A stage waits from its push until the engine begins it (grant + the engine's own queue time). A pair counts where
-    both waited at one moment on the engine that served both.
+    both waited at one moment on the engine that served both. Stages begun within `TOGETHER_S` of each other are a tie: an
+    engine begins several in one step, and the moment is known through two clocks.
     """
     rows = [(o.engine_id, o.pushed_at_s, o.granted_at_s + o.engine_queue_s, o.priority) for o in observed if o.priority]
     agree = disagree = 0
     for i, (engine, pushed, started, priority) in enumerate(rows):
         for other, pushed2, started2, priority2 in rows[i + 1 :]:
             if engine != other or max(pushed, pushed2) >= min(started, started2):
+                continue
+            if abs(started - started2) < TOGETHER_S:
                 continue
             product = (priority - priority2) * (started - started2)
             agree += product > 0
