@@ -62,6 +62,7 @@ def constants() -> str:
         "longest pause between two rounds": (f"{scheduler.TICK_S:g} s", "`scheduler.py`"),
         "pause between two looks at an engine": (f"{scheduler.PROBE_S:g} s", "`scheduler.py`"),
         "failed looks until an engine is dead": (scheduler.FAILURES, "`scheduler.py`"),
+        "leases until an engine that never agrees counts as idle": (f"{scheduler.DRAIN_LEASES:g}", "`scheduler.py`"),
         "window of a role": (f"{window} completions, mixed with {mix} values of its model", "`predict/roles.py`"),
         "output tokens while nothing was seen": (
             ", ".join(map(str, roles.DEFAULT_OUTPUT_TOKENS)),

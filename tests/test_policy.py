@@ -169,3 +169,10 @@ def test_interactive_and_batch_share_by_slack() -> None:
     )
     old = ticket("batch", **{**batch, "pushed_at_s": NOW - 130})
     assert decide([old, urgent], [prediction()] * 2, [engine(slots=1)]).grants[0][0].stage_id == "batch"
+
+
+def test_what_is_learned_meanwhile_does_not_shuffle_those_who_wait() -> None:
+    """A moment once written stays while the prediction changes a little; a lost deadline moves it."""
+    waiting = ticket("s", due_at_s=NOW + 4.2, deadline_at_s=NOW + 2)
+    assert not decide([waiting], [prediction(1.0)], [engine(slots=1)]).moments
+    assert decide([waiting], [prediction(3.0)], [engine(slots=1)]).moments["m"]["s"] > NOW + 12

@@ -7,6 +7,7 @@ Each file is what a `maestro bench ... --json` printed, unchanged; a page has a 
 ``<!-- end -->`` around each table. Nothing between them is written by hand.
 """
 
+# ruff: noqa: INP001
 from __future__ import annotations
 
 import json
@@ -46,7 +47,9 @@ def faults(name: str) -> str:
     ]  # fmt: skip
     head = ["kill -9 of", "times", "runs completed", "streams cut (SDK's error)", "failed otherwise"]
     table = rows([*head, "last run ended after", "reservations 0 after", "survived"], body)
-    return f"{table}\n\nLabel: `{result['label']}`. Lease {result['lease_s']:g} s. Raw trials: `docs/results/{name}.json`."
+    return (
+        f"{table}\n\nLabel: `{result['label']}`. Lease {result['lease_s']:g} s. Raw trials: `docs/results/{name}.json`."
+    )
 
 
 def order(name: str) -> str:
@@ -56,12 +59,12 @@ def order(name: str) -> str:
         [
             {"fcfs": "first come first served", "ours": "Maestro"}[p["policy"]], cls, f"{c['completed']} / {c['runs']}",
             f"{c['in_time']} / {c['runs']}", f"{c['p50_s']:.1f} s", f"{c['p95_s']:.1f} s",
-            f"{p['tau']:.3f} ({p['tau_pairs']} pairs)",
+            f"{p['tau']:.3f} ({p['tau_pairs']})", f"{p['tau_in_engine']:.3f} ({p['tau_in_engine_pairs']})",
         ]
         for p in result["policies"]
         for cls, c in p["classes"].items()
     ]  # fmt: skip
-    table = rows(["order", "class", "completed", "in time", "p50", "p95", "engine keeps our order (tau)"], body)
+    table = rows(["order", "class", "completed", "in time", "p50", "p95", "tau (pairs)", "tau in engine (pairs)"], body)
     return (
         f"{table}\n\nInteractive p95, Maestro over first come first served: **{result['interactive_p95_ratio']:.2f}**. "
         f"Label: `{result['label']}`. Raw events: `docs/results/{name}.json`."

@@ -16,8 +16,9 @@ from maestro_agents.policy.priority import ORDERS, Order
 
 __all__ = ["ORDERS", "Order", "Plan", "Snapshot", "plan"]
 
-MOVED_S = 0.001
-"""A moment that changes by less is not written again."""
+DRIFT = 0.25
+"""A stage keeps its moment while a new prediction would move it by less than this share of its distance from the push:
+what is learned meanwhile does not shuffle those who wait, and does not cost a write for each of them."""
 
 HOLD_AFTER_S = 5.0
 """A stage that waited this long for KV memory keeps smaller ones behind it from taking what becomes free."""
@@ -56,7 +57,9 @@ def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
             result.refusals.append((ticket, _too_late(ticket, prediction, snapshot)))
             continue
         moment = float("-inf") if ticket.nested else order(ticket, prediction, now_s)
-        if moment != ticket.due_at_s and abs(moment - ticket.due_at_s) > MOVED_S:
+        if not ticket.nested and abs(moment - ticket.due_at_s) <= DRIFT * abs(moment - ticket.pushed_at_s):
+            moment = ticket.due_at_s
+        if moment != ticket.due_at_s:
             result.moments.setdefault(ticket.model, {})[ticket.stage_id] = moment
         due.append((moment, ticket.stage_id, ticket))
     held: set[str] = set()

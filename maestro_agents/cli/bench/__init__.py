@@ -150,13 +150,13 @@ def measure_order(
         print(json.dumps({"label": fleets.label(engine), "interactive_p95_ratio": ratio, "policies": found}))
         return
     table = Table(title=f"{rounds} x {runs} runs each way; engines: {engine} ({fleets.label(engine)})")
-    for name in ("policy", "class", "completed", "in time", "p50 s", "p95 s", "tau (pairs)", "fast"):
+    for name in ("policy", "class", "completed", "in time", "p50 s", "p95 s", "tau (pairs)", "in engine"):
         table.add_column(name, no_wrap=True)
     for p in found:
         for name, c in p["classes"].items():
             table.add_row(
                 p["policy"], name, f"{c['completed']}/{c['runs']}", str(c["in_time"]), f"{c['p50_s']:.1f}",
-                f"{c['p95_s']:.1f}", f"{p['tau']:.3f} ({p['tau_pairs']})", f"{p['fast']}/{p['stages']}",
+                f"{c['p95_s']:.1f}", f"{p['tau']:.3f} ({p['tau_pairs']})", f"{p['tau_in_engine']:.3f} ({p['tau_in_engine_pairs']})",
             )  # fmt: skip
     Console().print(table)
     Console().print(f"interactive p95, Maestro over first come first served: {ratio:.2f}")

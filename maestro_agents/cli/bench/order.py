@@ -36,26 +36,35 @@ SLOTS: Final = 4
 TOGETHER_S: Final = 0.02
 
 
-def tau(observed: Sequence[Observation]) -> tuple[float, int]:
+def tau(observed: Sequence[Observation], *, in_engine: bool = False) -> tuple[float, int]:
     """Kendall's tau (ties left out) between our order and the engine's, and how many pairs it rests on.
 
-    A stage waits from its push until the engine begins it (grant + the engine's own queue time). A pair counts where
-    both waited at one moment on the engine that served both. Stages begun within `TOGETHER_S` of each other are a tie: an
-    engine begins several in one step, and the moment is known through two clocks.
+    A stage waits from its push (``in_engine``: from its grant) until the engine begins it (grant + the engine's own queue
+    time). A pair counts where both waited at one moment for the engine that served both. Stages begun within `TOGETHER_S`
+    of each other are a tie: an engine begins several in one step, and the moment is known through two clocks.
     """
-    rows = [(o.engine_id, o.pushed_at_s, o.granted_at_s + o.engine_queue_s, o.priority) for o in observed if o.priority]
+    rows = [
+        (o.engine_id, o.granted_at_s if in_engine else o.pushed_at_s, o.granted_at_s + o.engine_queue_s, o.priority)
+        for o in observed
+        if o.priority
+    ]
     agree = disagree = 0
-    for i, (engine, pushed, started, priority) in enumerate(rows):
-        for other, pushed2, started2, priority2 in rows[i + 1 :]:
-            if engine != other or max(pushed, pushed2) >= min(started, started2):
+    for i, (engine, since, begun, priority) in enumerate(rows):
+        for other, since2, begun2, priority2 in rows[i + 1 :]:
+            if engine != other or max(since, since2) >= min(begun, begun2) or abs(begun - begun2) < TOGETHER_S:
                 continue
-            if abs(started - started2) < TOGETHER_S:
-                continue
-            product = (priority - priority2) * (started - started2)
+            product = (priority - priority2) * (begun - begun2)
             agree += product > 0
             disagree += product < 0
     pairs = agree + disagree
     return ((agree - disagree) / pairs if pairs else float("nan")), pairs
+
+
+def pooled(passes: Sequence[Sequence[Observation]], *, in_engine: bool) -> tuple[float, int]:
+    """Tau over several passes, weighted by their pairs."""
+    found = [(t, n) for t, n in (tau(observed, in_engine=in_engine) for observed in passes) if n]
+    pairs = sum(n for _, n in found)
+    return (sum(t * n for t, n in found) / pairs if pairs else float("nan")), pairs
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -75,15 +84,17 @@ class Served:
 
     def to_json(self) -> dict[str, Any]:
         """Figures, and the raw events that they are counted from."""
-        agreements = [tau(observed) for observed in self.passes]
-        pairs = sum(n for _, n in agreements)
+        everywhere, pairs = pooled(self.passes, in_engine=False)
+        in_engine, engine_pairs = pooled(self.passes, in_engine=True)
         stages = [o for observed in self.passes for o in observed]
         return {
             "policy": self.policy,
             "deadlines_s": {c.value: s for c, s in DEADLINES_S.items()},
             "classes": {c.value: self._of(c) for c in ServiceClass},
-            "tau": sum(t * n for t, n in agreements if n) / pairs if pairs else float("nan"),
+            "tau": everywhere,
             "tau_pairs": pairs,
+            "tau_in_engine": in_engine,
+            "tau_in_engine_pairs": engine_pairs,
             "stages": len(stages),
             "fast": sum(o.fast for o in stages),
             "wait_mean_s": statistics.fmean(o.wait_s for o in stages) if stages else 0.0,
