@@ -363,13 +363,15 @@ class _Room:
                 self._services.append(self.loop.create_task(self.scheduler.run()))
         except Exception as e:
             self._trouble("start", e, since_s=began_s)
-        for name, service in (("listener", self._listen), ("heartbeat", self._beat)):
-            self._services.append(self.loop.create_task(self._for_ever(name, service)))
+        beat_s = min(s.lease_s / 3, 1.0)
+        for name, service, pause_s in (("listener", self.listen, 0.0), ("heartbeat", self.beat, beat_s)):
+            self._services.append(self.loop.create_task(self._for_ever(name, service, pause_s)))
         self.ready.set()
 
-    async def _for_ever(self, name: str, service: Callable[[], Awaitable[None]]) -> None:
+    async def _for_ever(self, name: str, service: Callable[[], Awaitable[None]], pause_s: float) -> None:
         """Repeat one round of a service for the life of the room, whatever happens in it."""
         while True:
+            await asyncio.sleep(pause_s)
             try:
                 await service()
             except Exception as e:
@@ -733,7 +735,7 @@ class _Room:
                 self._bug("a late report", e)
 
     # -- listener and heartbeat --------------------------------------------------------------------------------------
-    async def _listen(self) -> None:
+    async def listen(self) -> None:
         """Deliver the next verdicts."""
         try:
             verdicts = await self.queue.verdicts(self.client_id, 2.0)
@@ -743,9 +745,8 @@ class _Room:
         for verdict in verdicts:
             self.deliver(verdict)
 
-    async def _beat(self) -> None:
+    async def beat(self) -> None:
         """Renew leases, notice outages and their ends, keep the fleet fresh."""
-        await asyncio.sleep(min(self.settings.lease_s / 3, 1.0))
         began_s = time.monotonic()
         believed = {s: 0 for s, p in self.waiting.items() if p.queued}
         believed |= {s: g.token for s, p in self.held.items() if (g := p.grant) is not None}
@@ -785,7 +786,7 @@ class _Room:
     async def refresh_fleet(self) -> None:
         """Read the engines that the scheduler last published; an empty answer does not erase what is known."""
         found = await self.queue.fleet()
-        if found:
+        if found and self.settings.redis_url:
             self.fleet = {e.engine_id: e for e in found}
             self.models |= {e.model for e in found}
 

@@ -52,6 +52,8 @@ class Running:
     kv_bytes: int
     granted_at_s: float
     lease_until_s: float
+    #: Why there, as the grant said; empty on the fast path.
+    because: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

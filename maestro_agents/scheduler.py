@@ -173,7 +173,7 @@ class Scheduler:
         if epoch != self.epoch:
             log.info("leading with epoch %d as %s", epoch, self.holder)
             self._p99_due = dict(self._p99)  # to a store that may know none of it
-        self.epoch, self.leading, self._led_at_s = epoch, True, now_s
+        self.epoch, self.leading, self._led_at_s = epoch, False, now_s  # it leads once that is published
         await self.publish()
         return self.leading
 

@@ -235,8 +235,12 @@ def show_stage(
             print(json.dumps(found))
             return
         table = _table("<", "<")
+        because: dict[str, float] = found.pop("because", None) or {}
         for name, value in found.items():
             table.add_row(name, "-" if value is None or value == "" else str(value))
+        if because:
+            sum_s = " + ".join(f"{part} {seconds:.3f}" for part, seconds in because.items())
+            table.add_row("because", f"{sum_s} = {sum(because.values()):.3f} s")
         Console().print(table)
 
     _with_queue(redis_url, pool, look)

@@ -342,6 +342,7 @@ class MemoryQueue:
                 kv_bytes=s.grant.kv_bytes,
                 granted_at_s=s.grant.granted_at_s,
                 lease_until_s=s.grant.lease_until_s,
+                because=s.grant.because,
             )
             for s in self._stages.values()
             if s.status is Status.GRANTED and s.grant is not None

@@ -35,7 +35,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib import resources
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import redis.asyncio as aioredis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
@@ -457,7 +457,7 @@ class RedisQueue:
             leases = await self._redis.zrange(self._fixed["leases"], 0, -1, withscores=True)
             pipe = self._redis.pipeline(transaction=False)
             for stage_id, _ in leases:
-                pipe.hmget(self._stage(stage_id), "ticket", "engine", "token", "kv", "granted_at")
+                pipe.hmget(self._stage(stage_id), "ticket", "engine", "token", "kv", "granted_at", "grant")
             rows = await pipe.execute()
         return [
             Running(
@@ -467,8 +467,9 @@ class RedisQueue:
                 kv_bytes=int(kv),
                 granted_at_s=float(granted_at),
                 lease_until_s=until,
+                because=json.loads(grant or "{}").get("because", {}),
             )
-            for (_, until), (ticket, engine_id, token, kv, granted_at) in zip(leases, rows, strict=True)
+            for (_, until), (ticket, engine_id, token, kv, granted_at, grant) in zip(leases, rows, strict=True)
             if ticket and engine_id
         ]
 
@@ -513,11 +514,6 @@ class RedisQueue:
         async with _reachable():
             found = await self._redis.hget(self._stage(stage_id), "status")
         return Status(found) if found else None
-
-    async def describe_stage(self, stage_id: str) -> Mapping[str, str]:
-        """All that the queue knows of a stage (``maestro queue show``); empty where it is unknown."""
-        async with _reachable():
-            return cast("Mapping[str, str]", await self._redis.hgetall(self._stage(stage_id)))
 
     async def close(self) -> None:
         if self._flushing is not None and not self._flushing.done():

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -34,6 +35,7 @@ _STABLE_S: Final = 60.0
 """After so long in good health a death counts as the first again."""
 _LOOK_EVERY_S: Final = 0.2
 _TAIL_LINES: Final = 12
+_PORT_LIMIT_S: Final = 5.0
 
 Notice = Callable[[str], None]
 """Told, in one line each, what happens to an engine."""
@@ -105,6 +107,7 @@ class EngineProcess:
 
     async def start(self) -> None:
         """Start it and wait until it is healthy. Raises `EngineUnavailable`, with the end of its log, where it is not."""
+        await asyncio.to_thread(self._port_is_free)  # else another server's good health would pass for ours
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_from = self.log.stat().st_size if self.log.exists() else 0
         env = {**os.environ, **self._command.env}
@@ -146,6 +149,25 @@ class EngineProcess:
                 self._notice(str(e))
             else:
                 self._notice(f"engine {self.engine_id} is back at {self.url}")
+
+    def _port_is_free(self) -> None:
+        """Raise `EngineUnavailable` where somebody else listens. One that has just died may take a moment to let go."""
+        address = urlsplit(self.url)
+        give_up_s = time.monotonic() + _PORT_LIMIT_S
+        while True:
+            with socket.socket() as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    s.bind((address.hostname or "127.0.0.1", address.port or 0))
+                except OSError as e:
+                    if time.monotonic() > give_up_s:
+                        raise EngineUnavailable(
+                            f"engine {self.engine_id}: port {address.port} is taken ({e.strerror}): "
+                            "end what listens there, or give another launch.port"
+                        ) from None
+                else:
+                    return
+            time.sleep(_LOOK_EVERY_S)
 
     async def _healthy(self) -> None:
         deadline_s = time.monotonic() + self._start_limit_s
