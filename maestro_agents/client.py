@@ -689,7 +689,9 @@ class _Room:
         self._let_go(p)
         _fail(p, RunGone("This call was withdrawn while it waited."))
         if not self._end_locally(t.stage_id) and known and p.pushed:
-            await self._say(self._cancel, t, draining=was_sent or p.draining)
+            # At the caller's own URL the bound is on what this app keeps open, and that is closed now.
+            ours = p.engine is None or not p.engine.original
+            await self._say(self._cancel, t, draining=ours and (was_sent or p.draining))
 
     async def _cancel(self, t: Ticket, *, draining: bool) -> None:
         await self.queue.cancel(t.stage_id, t.model, now_s=self.clock.now_s(), draining=draining)

@@ -415,5 +415,5 @@ class Scheduler:
                 kv_bytes = health.kv_tokens * engine.kv_bytes_per_token
                 self.engines[engine_id] = dataclasses.replace(engine, kv_bytes=kv_bytes)
         if was != self.healthy(engine_id):
-            log.warning("engine %s is %s", engine_id, "dead" if was else "alive")
+            log.log(logging.WARNING if was else logging.INFO, "engine %s is %s", engine_id, "dead" if was else "alive")
             self._led_at_s = -math.inf  # publish the changed fleet in the next round

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
         if name.startswith("MAESTRO_") and not name.startswith(("MAESTRO_TEST_", "MAESTRO_VLLM")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(autouse=True)
+def no_seam_left() -> Iterator[None]:
+    """A test that put the gate around the SDK leaves none for the next."""
+    yield
+    if (gate := sys.modules.get("maestro_langgraph.gate")) is not None:
+        gate.uninstall()
 
 
 @pytest.fixture(scope="session")

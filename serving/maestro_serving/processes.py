@@ -153,12 +153,14 @@ class EngineProcess:
     def _port_is_free(self) -> None:
         """Raise `EngineUnavailable` where somebody else listens. One that has just died may take a moment to let go."""
         address = urlsplit(self.url)
+        if address.port is None:
+            return
         give_up_s = time.monotonic() + _PORT_LIMIT_S
         while True:
             with socket.socket() as s:
                 s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    s.bind((address.hostname or "127.0.0.1", address.port or 0))
+                    s.bind((address.hostname or "127.0.0.1", address.port))
                 except OSError as e:
                     if time.monotonic() > give_up_s:
                         raise EngineUnavailable(
