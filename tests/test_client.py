@@ -99,7 +99,11 @@ class App:
     async def faults(self) -> Faults:
         """Put a faulty queue between the room and its queue."""
         await self.ask(self.room.ready.wait())
-        faults = self.room.queue = Faults(self.room.queue)  # type: ignore[assignment]
+        inner: Any = self.room.queue
+        faults = self.room.queue = Faults(inner)  # type: ignore[assignment]
+        if hasattr(inner, "_tell"):  # the listener waits at the old one still: a word to nobody moves it
+            await self.do(inner._tell, self.room.client_id, Refusal(stage_id="-", reason="", retry_after_s=0))
+            await until(lambda: "verdicts" in faults.said)
         return faults
 
     async def event(self) -> asyncio.Event:
@@ -304,7 +308,7 @@ async def test_time_at_the_engine_is_no_wait(tmp_path: Path) -> None:
 
 async def test_refusals_are_errors_that_say_why(tmp_path: Path) -> None:
     """A full queue, a deadline that is lost, an operator, a stage that fits nowhere: each its own class."""
-    with fleet_app(tmp_path, "e1", max_queue=1, more="kv_cache_tokens = 1000\nmax_model_len = 100000") as a:
+    with fleet_app(tmp_path, "e1", max_queue=1, more="kv_tokens = 1000\nmax_model_len = 100000") as a:
         p = await a.granted(max_tokens=5)
         waits, task = a.waiter("waits", max_tokens=5)
         await until(a.depth)
@@ -380,7 +384,6 @@ async def test_cancelled_while_its_grant_is_on_its_way() -> None:
         p, task = a.waiter()
         await until(a.depth)
         faults.after["verdicts"] = gate = await a.event()
-        await until(lambda: faults.said.count("verdicts") > 0)
         first.finish()
         await until(lambda: a.room.queue.inner._stages and not a.room.queue.inner._ready["m"])  # type: ignore[attr-defined]
         task.cancel()
@@ -660,7 +663,7 @@ async def test_a_grant_on_an_engine_that_just_died_is_asked_again(tmp_path: Path
 @pytest.mark.parametrize("command", ["push", "verdicts", "renew", "finish", "cancel", "requeue", "end_run", "describe"])
 async def test_a_bug_of_the_queue_breaks_no_call(tmp_path: Path, command: str, told: Callable[[], list[str]]) -> None:
     """Calls are answered while it lasts, the services live on, and it is told once, not once per call."""
-    with fleet_app(tmp_path, "e1", slots=2, outage_after_s=0.05, local_concurrency=2) as a:
+    with fleet_app(tmp_path, "e1", slots=9, outage_after_s=0.05, local_concurrency=9) as a:
         faults = await a.faults()
         faults.raises[command] = RuntimeError("a bug")
 
@@ -677,7 +680,6 @@ async def test_a_bug_of_the_queue_breaks_no_call(tmp_path: Path, command: str, t
             a.client.end_run(run_end(f"r{n}"))
 
         for n in range(4):
-            # a grant whose message or whose return was lost is found by the heartbeat, or its lease ends
             await asyncio.wait_for(call(n), 15)
             await a.ask(a.room.beat())
         faults.raises.clear()
@@ -696,10 +698,8 @@ async def test_a_listener_with_a_bug_is_replaced_by_the_heartbeat(tmp_path: Path
         faults = await a.faults()
         faults.raises["verdicts"] = RuntimeError("a bug")
         holder = await a.granted()
-        await until(lambda: faults.said.count("verdicts") > 0)
         q, task = a.waiter()
         await until(a.depth)
-        a.room.queue.inner._inbox.clear()  # type: ignore[attr-defined]
         holder.finish()
         assert await asyncio.wait_for(task, 10)
         q.finish()
@@ -1236,10 +1236,12 @@ async def test_a_stage_that_was_reaped_goes_in_anew(redis_url: str, pool: str) -
         q, task = a.waiter("q")
         await until(lambda: q.queued)
         assert set(await s.queue.reap(now_s=a.client.now_s() + 10 * LEASE_S)) == {"holder", "q"}
-        await until(lambda: "q~1" in a.room.waiting)
+        for reservation in await s.queue.draining():
+            assert await s.queue.settle(reservation)
+        await a.ask(a.room.beat())
+        assert q.ticket.stage_id == "q~1"
         holder.finish()
         assert (await asyncio.wait_for(task, 15)).engine_id == "e1"
-        assert q.ticket.stage_id == "q~1"
         q.finish()
         await a.quiet()
 

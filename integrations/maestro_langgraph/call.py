@@ -216,9 +216,9 @@ class Call:
             return pass_.requeue(engine_down=True)
         if isinstance(error, openai.APIStatusError):
             if error.status_code in _BUSY:  # a full queue is a signal, not a failure
-                return pass_.requeue(engine_down=False)
+                return pass_.requeue(engine_down=False, answered=True)
             if error.status_code in _RETRYABLE or error.status_code > 504:
-                return self._spend_retry() and pass_.requeue(engine_down=False)
+                return self._spend_retry() and pass_.requeue(engine_down=False, answered=True)
         return False
 
     def _spend_retry(self) -> bool:
