@@ -20,7 +20,7 @@ from maestro_agents.cli.bench.stack import stack as make_stack
 from maestro_agents.cli.demo_input import MESSAGES, Arrival, arrivals
 from maestro_agents.cli.demo_pass import Pass, length_of, sample
 from maestro_agents.cli.demo_report import RunResult
-from maestro_agents.cli.snapshot import Watch
+from maestro_agents.cli.snapshot import Watch, percentile
 from maestro_agents.cli.up import Stack
 from maestro_agents.client import Client
 from maestro_agents.core import Observation, ServiceClass
@@ -65,12 +65,6 @@ def pooled(passes: Sequence[Sequence[Observation]], *, in_engine: bool) -> tuple
     found = [(t, n) for t, n in (tau(observed, in_engine=in_engine) for observed in passes) if n]
     pairs = sum(n for _, n in found)
     return (sum(t * n for t, n in found) / pairs if pairs else float("nan")), pairs
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Nearest rank."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] if ordered else float("nan")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -123,8 +117,8 @@ class Served:
             "runs": len(mine),
             "completed": len(took),
             "in_time": sum(r.met for r in mine),
-            "p50_s": quantile(took, 0.5),
-            "p95_s": quantile(took, 0.95),
+            "p50_s": percentile(took, 0.5),
+            "p95_s": percentile(took, 0.95),
         }
 
 

@@ -10,23 +10,17 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any, Final
 
 from maestro_agents.cli.bench.stack import MODEL, emulated
 from maestro_agents.cli.demo_pass import sample
+from maestro_agents.cli.snapshot import percentile
 from maestro_agents.client import Client
 from maestro_agents.core import Observation
 from maestro_agents.queue.redis import RedisQueue
 
 BLOCK: Final = 25
 PROMPT: Final = "Answer the customer in one sentence. " * 20
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Nearest-rank quantile."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
 class _Timed:
@@ -93,11 +87,11 @@ async def measure(url: str, calls: int) -> dict[str, Any]:
     return {
         "calls": len(ours_ms),
         "added_ms": {
-            "p50": quantile(ours_ms, 0.5) - quantile(plain_ms, 0.5),
-            "p99": quantile(ours_ms, 0.99) - quantile(plain_ms, 0.99),
+            "p50": percentile(ours_ms, 0.5) - percentile(plain_ms, 0.5),
+            "p99": percentile(ours_ms, 0.99) - percentile(plain_ms, 0.99),
         },
-        "plain_ms": {"p50": quantile(plain_ms, 0.5), "p99": quantile(plain_ms, 0.99)},
-        "maestro_ms": {"p50": quantile(ours_ms, 0.5), "p99": quantile(ours_ms, 0.99)},
+        "plain_ms": {"p50": percentile(plain_ms, 0.5), "p99": percentile(plain_ms, 0.99)},
+        "maestro_ms": {"p50": percentile(ours_ms, 0.5), "p99": percentile(ours_ms, 0.99)},
         "added_cpu_ms": statistics.median(ours_cpu_ms) - statistics.median(plain_cpu_ms),
         "parts_ms": parts,
         "fast_path": {"grants": grants, "hits": fast, "rate": fast / max(1, grants)},
