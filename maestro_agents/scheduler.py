@@ -340,7 +340,11 @@ class Scheduler:
         judged_at_s, before = self._spare.get(engine_id, (-math.inf, 0))
         if looked_at_s <= judged_at_s:
             return []
-        live = sum(1 for s in running if s.engine_id == engine_id and s.granted_at_s < looked_at_s - ARRIVAL_S)
+        # After half a lease a request whose connection is gone is gone too: then those on their way count as arrived, or an
+        # engine with many short stages would never be seen to agree, and a dead app's memory be held past two leases.
+        patient = any(looked_at_s - r.since_s < self.lease_s / 2 for r in entries)
+        seen_by_s = looked_at_s - (ARRIVAL_S if patient else 0.0)
+        live = sum(1 for s in running if s.engine_id == engine_id and s.granted_at_s < seen_by_s)
         busy = max(0, health.running + max(0, health.waiting) - live)
         old = sorted((r for r in entries if r.since_s < looked_at_s), key=lambda r: r.kv_bytes)
         spare = max(0, len(old) - busy)

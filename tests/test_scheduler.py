@@ -317,6 +317,7 @@ async def test_completions_change_predictions() -> None:
     w = World()
     t = Ticket(stage_id="s", client_id="c", model="m", role="r", workflow="w", node="first", prompt_tokens=10)
     before = w.scheduler.predict([t])["s"]
+    at_s = NOW_S
     for run in range(20):
         for n, node in enumerate(("first", "second")):
             o = history("r", 400, 1, workflow="w", node=node)[0]
