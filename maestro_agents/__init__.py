@@ -7,7 +7,7 @@ what happens                            where
 ====================================== =============================================================================
 Who calls? Which node of which graph?   ``maestro_langgraph`` (identity, graph)
 What does the prompt look like?         `maestro_agents.predict` (features: numbers, never the text)
-The call waits at the gate              ``maestro_langgraph`` (gate), `maestro_agents.client` (`Client.open`, `Pass.wait`)
+The call waits at the gate              ``maestro_langgraph`` (gate), `maestro_agents.client` (`Client.open`, `Pass.wait`), `maestro_agents.room` behind it
 The ticket is pushed                    `maestro_agents.queue` (``memory`` is the specification, ``redis`` keeps its promises)
 What will it cost, what may follow?     `maestro_agents.predict`, `maestro_agents.workflow`
 Who goes first, where to, does it fit?  `maestro_agents.policy` (priority, routing, admission: pure functions)

@@ -33,7 +33,7 @@ PORTS = (
 )
 THREE = ("maestro_agents.predict", "maestro_agents.policy", "maestro_agents.queue")
 FLEET = ("maestro_agents.fleet",)
-SPINE = ("maestro_agents.scheduler", "maestro_agents.client")
+SPINE = ("maestro_agents.scheduler", "maestro_agents.room", "maestro_agents.client")
 SIMULATOR = ("maestro_agents.simulator",)
 
 # A module (with all below it) -> what it may import of ours. The first line that matches a module counts. "= x" means
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "maestro_agents.queue": (*PORTS, "maestro_agents.queue"),
     "maestro_agents.fleet": (*PORTS, *THREE),
     "maestro_agents.scheduler": (*PORTS, *THREE, *FLEET),
+    "maestro_agents.room": (*PORTS, *THREE, *FLEET, *SPINE),
     "maestro_agents.client": (*PORTS, *THREE, *FLEET, *SPINE),
     "maestro_agents.simulator": (*PORTS, *THREE, *FLEET, *SPINE, *SIMULATOR),
     "maestro_langgraph": (*PORTS, *THREE, *FLEET, *SPINE, *SIMULATOR, "maestro_langgraph"),

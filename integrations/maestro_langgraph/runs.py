@@ -22,7 +22,6 @@ from weakref import WeakSet
 
 from langgraph.errors import GraphInterrupt
 
-from maestro_agents import client as client_module
 from maestro_agents.client import Client
 from maestro_agents.core import DEFAULT_DEADLINE_S, RunEnd, ServiceClass
 from maestro_agents.settings import Settings
@@ -204,7 +203,7 @@ def _widen_executor() -> None:
     missing = object()
     current = getattr(loop, "_default_executor", missing)  # asyncio has no public way to ask
     own = current is None or getattr(current, "_thread_name_prefix", "") == "asyncio"
-    if not own or not Settings.load(**client_module._overrides).widen_executor:
+    if not own or not Client.configured().widen_executor:
         return
     loop.set_default_executor(ThreadPoolExecutor(WIDE_EXECUTOR_THREADS, thread_name_prefix="maestro-nodes"))
     if isinstance(current, ThreadPoolExecutor):

@@ -1,0 +1,683 @@
+"""Behind the client: one background thread with one event loop. The queue's connections, the listener that delivers
+verdicts, the heartbeat that renews leases, and (without Redis) the scheduler itself.
+
+When Maestro is out (`Settings.on_outage`): stages that wait are let through to the last known engines within
+``local_concurrency``; the user is told once. What the queue missed meanwhile it learns when it is back. An unexpected
+exception, of the queue or of ours, is logged once per kind and ends neither a call nor a service of the room.
+
+(Longer than our modules are: it is one machine, whose invariants, stated at the head of `Room`, are best read in one
+place.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, Status, Ticket, Verdict
+from maestro_agents.errors import (
+    MaestroError,
+    NoEngineFits,
+    QueueFull,
+    QueueUnavailable,
+    RunGone,
+    StageRefused,
+)
+from maestro_agents.policy import wire_priority
+from maestro_agents.ports import Clock, Queue, Renewal
+from maestro_agents.queue.memory import MemoryQueue
+from maestro_agents.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from maestro_agents.client import Pass
+    from maestro_agents.settings import Settings
+
+log = logging.getLogger("maestro")
+
+RETRY_S: Final = 0.25
+FLUSH_S: Final = 2.0
+"""Longest wait at interpreter exit for the last reports to leave."""
+
+UNSENT_LIMIT: Final = 10_000
+
+
+class _SteadyClock:
+    """Epoch seconds that never jump: the wall clock read once, carried forward by the monotonic one."""
+
+    def __init__(self) -> None:
+        self._offset_s = time.time() - time.monotonic()
+
+    def now_s(self) -> float:
+        return time.monotonic() + self._offset_s
+
+
+class Room:
+    """The background thread: everything async lives here. Methods below run on its loop unless they say otherwise.
+
+    A pass whose caller waits is in ``waiting``, under its stage's present name, from `admit` until it is answered
+    (`_let_go`). One that holds a grant of the queue is in ``held``; one that was let through by this process alone is in
+    ``local``. After every ``await`` a pass may have been withdrawn, answered or renamed: whoever goes on looks first
+    whether it still waits under the name it had (`_waits`).
+    """
+
+    def __init__(self, settings: Settings, client_id: str, engines: dict[str, EngineSpec]) -> None:
+        self.settings = settings
+        self.client_id = client_id
+        self.clock: Clock = _SteadyClock()
+        self.queue: Queue = MemoryQueue(lease_s=settings.lease_s, max_queue=settings.max_queue)
+        self.scheduler: Scheduler | None = None
+        self.fleet = engines
+        #: Every model that the fleet ever served: its calls are ours also while its engines are dead.
+        self.models = {e.model for e in engines.values()}
+        self.waiting: dict[str, Pass] = {}
+        self.held: dict[str, Pass] = {}
+        #: Stage -> engine, of those let through by this process alone; never more than ``local_concurrency``.
+        self.local: dict[str, str] = {}
+        self.local_queue: dict[str, Pass] = {}
+        self.unsent: deque[Callable[[], Awaitable[Any]]] = deque()
+        self.described: OrderedDict[str, None] = OrderedDict()
+        self.down_since_s: float | None = None
+        self.told = False
+        self.closed = settings.mode == "off"
+        self.ready = asyncio.Event()
+        self._unled_since_s: float | None = None
+        self._sync_clock: Callable[[], Awaitable[None]] | None = None
+        self._bugs: set[tuple[str, type[BaseException]]] = set()
+        self._told_unserved = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._services: list[asyncio.Task[Any]] = []
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="maestro", daemon=True)
+        if self.closed:
+            self.loop.close()
+        else:
+            self._thread.start()
+
+    # -- from any thread ---------------------------------------------------------------------------------------------
+    @property
+    def alive(self) -> bool:
+        """Somebody will hear what is said to this room. In a forked child of its process nobody does."""
+        return not self.closed and self._thread.is_alive()
+
+    def call(self, f: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Run a coroutine function of this room, from any thread, without waiting for it."""
+        if self.alive:
+            with contextlib.suppress(RuntimeError):  # the loop was closed this moment: the process is ending
+                self.loop.call_soon_threadsafe(self._spawn, f, args)
+
+    def abandon(self, p: Pass) -> None:
+        """Answer a pass that this room, closed, cannot serve any more. From any thread."""
+        if self.settings.on_outage == "closed":
+            _fail(p, QueueUnavailable("Maestro was shut down and MAESTRO_ON_OUTAGE=closed: the call was not made."))
+        else:
+            self._let_through(p, self._original(p))
+
+    def stop(self) -> None:
+        """Flush the last reports, give back what is held, end the thread."""
+        if not self.alive:
+            return
+        self.closed = True
+        with contextlib.suppress(RuntimeError):
+            done = asyncio.run_coroutine_threadsafe(self._drain(), self.loop)
+            with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
+                done.result(FLUSH_S)
+            self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(FLUSH_S)
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+    def _main(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self._spawn(self._start, ())
+        try:
+            self.loop.run_forever()
+        finally:
+            self.closed = True
+            self.loop.run_until_complete(self._end())
+            self.loop.close()
+
+    def _spawn(self, f: Callable[..., Coroutine[Any, Any, None]], args: tuple[Any, ...]) -> None:
+        task = self.loop.create_task(f(*args))
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned)
+
+    def _spawned(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._bug("the client", error)
+
+    def _bug(self, where: str, error: BaseException) -> None:
+        """Log an unexpected exception, once per kind: the next thousand say nothing new."""
+        if (where, type(error)) not in self._bugs:
+            self._bugs.add((where, type(error)))
+            log.error("a bug in Maestro (%s); your calls go on", where, exc_info=error)
+
+    async def _start(self) -> None:
+        s = self.settings
+        began_s = time.monotonic()
+        try:
+            if s.redis_url:
+                from maestro_agents.queue.redis import RedisClock, RedisQueue
+
+                clock = self.clock = RedisClock()
+                queue = self.queue = RedisQueue(s.redis_url, pool=s.pool, lease_s=s.lease_s, max_queue=s.max_queue)
+                self._sync_clock = functools.partial(clock.sync, queue)
+                async with self._within_patience():
+                    await self._meet()
+            else:
+                self.scheduler = Scheduler(
+                    self.queue, self.fleet.values(), clock=self.clock, holder=self.client_id, lease_s=s.lease_s
+                )
+                await self.scheduler.lead()
+                self._services.append(self.loop.create_task(self.scheduler.run()))
+        except Exception as e:
+            self._trouble("start", e, since_s=began_s)
+        beat_s = min(s.lease_s / 3, 1.0)
+        for name, service, pause_s in (("listener", self.listen, 0.0), ("heartbeat", self.beat, beat_s)):
+            self._services.append(self.loop.create_task(self._for_ever(name, service, pause_s)))
+        self.ready.set()
+
+    async def _for_ever(self, name: str, service: Callable[[], Awaitable[None]], pause_s: float) -> None:
+        """Repeat one round of a service for the life of the room, whatever happens in it."""
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                await service()
+            except Exception as e:
+                self._bug(name, e)
+                await asyncio.sleep(RETRY_S)
+
+    async def _drain(self) -> None:
+        for p in list(self.waiting.values()):
+            if p.pushed:
+                self._spawn(functools.partial(self._say, self._cancel, p.ticket, draining=p.draining), ())
+            self.abandon(p)
+        for p in list(self.held.values()):
+            self._spawn(functools.partial(self.withdraw, was_sent=True), (p,))
+        deadline_s = time.monotonic() + FLUSH_S / 2
+        while self._tasks and time.monotonic() < deadline_s:
+            await asyncio.wait(self._tasks, timeout=FLUSH_S / 2)
+        with contextlib.suppress(QueueUnavailable):
+            await self._flush()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await self.queue.close()
+
+    # -- admit -------------------------------------------------------------------------------------------------------
+    async def admit(self, p: Pass) -> None:
+        """Push a stage; its caller is answered here (fast path), by the listener, or when Maestro is out."""
+        if p.ended:
+            return
+        self.waiting[p.ticket.stage_id] = p
+        if not self.ready.is_set():
+            await self.ready.wait()
+            p.ticket = p.ticket.evolve(pushed_at_s=self.clock.now_s())  # the queue's clock is known only now
+        await self._push(p)
+
+    def _waits(self, p: Pass, stage_id: str) -> bool:
+        return self.waiting.get(stage_id) is p
+
+    async def _push(self, p: Pass) -> None:
+        t = p.ticket
+        verdict: Verdict | None = None
+        while self._waits(p, t.stage_id):
+            if self._out():
+                self._admit_locally(p)
+                return
+            try:
+                places = await self._places(p)
+                if not self._waits(p, t.stage_id):
+                    return
+                if places is None:
+                    self._pass_by(p)
+                    return
+                p.pushed = True
+                verdict = await self.queue.push(t, engines=places, now_s=self.clock.now_s())
+                break
+            except QueueUnavailable as e:
+                self._down(e)
+                await asyncio.sleep(RETRY_S)
+            except Exception as e:  # a bug must not break the user's graph, nor let it storm an engine
+                self._bug("push", e)
+                if self._waits(p, t.stage_id):
+                    self._admit_locally(p)
+                return
+        if verdict is not None:
+            self.deliver(verdict)
+        elif self._waits(p, t.stage_id):
+            p.queued = True
+        elif (p.ended or self.closed) and t.stage_id not in self.held:
+            # withdrawn while the push was on its way, and the word of it may have overtaken the push
+            await self._say(self._cancel, t, draining=False)
+
+    async def _places(self, p: Pass) -> list[EngineSpec] | None:
+        """The engines that may serve a pass now; None where the fleet never served its model."""
+        if self.own_url_mode:
+            return [await self._own_url(p)]
+        model = p.ticket.model
+        if model not in self.models and self.settings.redis_url:
+            await self.refresh_fleet()  # it may have joined a moment ago
+        return self._engines_for(p.ticket) if model in self.models else None
+
+    def _engines_for(self, t: Ticket) -> list[EngineSpec]:
+        found = [e for e in self.fleet.values() if e.model == t.model and not e.original]
+        if t.pinned_engine:
+            return [e for e in found if e.engine_id == t.pinned_engine] or found
+        return [e for e in found if e.engine_id not in t.excluded_engines] or found
+
+    def _pass_by(self, p: Pass) -> None:
+        """A model that no fleet serves: the call goes to its own URL. Without any fleet, ``closed`` forbids that."""
+        if not self.models and self.settings.on_outage == "closed":
+            self._refuse(p, QueueUnavailable("no scheduler has published a fleet, and MAESTRO_ON_OUTAGE=closed."))
+            return
+        if not self.models and not self._told_unserved:
+            self._told_unserved = True
+            log.warning(
+                "no scheduler has published a fleet in pool %r: calls for %r go to their own URL. "
+                "Start `maestro up fleet.toml` or `maestro scheduler`.",
+                self.settings.pool,
+                p.ticket.model,
+            )
+        self._let_through(p, self._original(p))
+
+    @property
+    def own_url_mode(self) -> bool:
+        """No Redis and no fleet: the URLs that the app already uses are the engines."""
+        return self.settings.redis_url is None and self.settings.fleet is None
+
+    async def _own_url(self, p: Pass) -> EngineSpec:
+        """Without a fleet, the URL that the app already uses is the engine, bounded by ``local_concurrency``."""
+        spec = self._original(p)
+        if spec.engine_id not in self.fleet and self.scheduler is not None:
+            self.fleet[spec.engine_id] = spec
+            await self.scheduler.add_engine(spec)
+        return spec
+
+    def _original(self, p: Pass) -> EngineSpec:
+        return EngineSpec(
+            engine_id=f"{p.ticket.model}@{p.original_url}",
+            url=p.original_url,
+            model=p.ticket.model,
+            slots=self.settings.local_concurrency,
+            original=True,
+        )
+
+    # -- answer ------------------------------------------------------------------------------------------------------
+    def deliver(self, verdict: Verdict) -> None:
+        """Hand a verdict to the pass that waits for it. A grant that nobody waits for is given back."""
+        p = self.waiting.get(verdict.stage_id)
+        if isinstance(verdict, Refusal):
+            if p is not None:
+                self._refuse(p, _refusal(p, verdict))
+            return
+        if p is None:
+            if verdict.stage_id not in self.held:  # else it was told twice
+                self._spawn(self._return, (verdict,))
+            return
+        if verdict.token <= p.spent_token:
+            return  # told twice, and given back since
+        engine = self.fleet.get(verdict.engine_id)
+        if engine is None:
+            self._spawn(self._meet_engine, (p, verdict))
+            return
+        if verdict.fast:
+            verdict = dataclasses.replace(verdict, priority=_priority(p.ticket))
+        self.held[verdict.stage_id] = p
+        self._hand(p, verdict, engine)
+
+    async def _return(self, grant: Grant) -> None:
+        """A grant without a taker: its caller is gone."""
+        cancel = functools.partial(self.queue.cancel, grant.stage_id, "", draining=False)
+        await self._say(lambda: cancel(now_s=self.clock.now_s()))
+
+    async def _meet_engine(self, p: Pass, grant: Grant) -> None:
+        """A grant on an engine that is not known here: it joined this moment, or it died this moment."""
+        with contextlib.suppress(QueueUnavailable):
+            await self.refresh_fleet()
+        if not self._waits(p, grant.stage_id) or grant.token <= p.spent_token:
+            return
+        if grant.engine_id in self.fleet:
+            self.deliver(grant)
+        else:
+            await self.requeue(p, grant, draining=False, at_once=False)
+
+    def _hand(self, p: Pass, grant: Grant, engine: EngineSpec) -> None:
+        self._let_go(p)
+        p.grant, p.engine = grant, engine
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # its caller gave up: `withdraw` comes
+            p.future.set_result(None)
+
+    def _refuse(self, p: Pass, error: MaestroError) -> None:
+        self._let_go(p)
+        p.ended = True
+        _fail(p, error)
+
+    def _let_go(self, p: Pass) -> None:
+        """It waits no longer."""
+        self.waiting.pop(p.ticket.stage_id, None)
+        self.local_queue.pop(p.ticket.stage_id, None)
+        p.queued = False
+
+    def _rename(self, p: Pass) -> None:
+        """A new name for a stage that waits: under the old one the queue ended it, or must not serve it any more."""
+        self._let_go(p)
+        p.ticket = p.ticket.evolve(stage_id=_renamed(p.ticket.stage_id))
+        p.pushed, p.draining, p.spent_token = False, False, 0
+        self.waiting[p.ticket.stage_id] = p
+
+    # -- Maestro is out ----------------------------------------------------------------------------------------------
+    def _trouble(self, where: str, error: Exception, *, since_s: float) -> None:
+        """The queue cannot be used: it is out, or it has a bug, which is as bad."""
+        if isinstance(error, TimeoutError):
+            error = QueueUnavailable(f"Redis did not answer within {self._patience_s:g} s. Run `maestro doctor`.")
+        elif not isinstance(error, MaestroError):
+            self._bug(where, error)
+        self._down(error, since_s=since_s)
+
+    def _down(self, why: Exception, *, since_s: float | None = None) -> None:
+        if self.down_since_s is None:
+            self.down_since_s = time.monotonic() if since_s is None else since_s
+        if not self.told:
+            self.told = True
+            then = {
+                "open": f"After {self.settings.outage_after_s:g} s calls go to the last known engines, "
+                f"{self.settings.local_concurrency} at a time",
+                "closed": "Calls fail",
+                "original_url": "Calls go to their own URL",
+            }[self.settings.on_outage]
+            log.warning("Maestro is out: %s %s (MAESTRO_ON_OUTAGE=%s).", why, then, self.settings.on_outage)
+
+    def _up(self) -> None:
+        """Maestro is back: those that wait for room in this process go to the queue instead."""
+        self._unled_since_s = self.down_since_s = None
+        if self.told:
+            self.told = False
+            log.warning("Maestro is back.")
+        returning = list(self.local_queue.values())
+        self.local_queue.clear()
+        for p in returning:
+            self._spawn(self._push, (p,))
+
+    def _out(self) -> bool:
+        return self.down_since_s is not None and time.monotonic() - self.down_since_s > self.settings.outage_after_s
+
+    @property
+    def _patience_s(self) -> float:
+        """How long the heartbeat waits for an answer before it calls that an outage."""
+        return max(1.0, self.settings.outage_after_s)
+
+    def _within_patience(self) -> asyncio.Timeout:
+        return asyncio.timeout(self._patience_s)
+
+    def _admit_locally(self, p: Pass) -> None:
+        """Admit without the queue, by ``on_outage``, bounded by this process alone."""
+        if p.pushed:
+            self._later(functools.partial(self._cancel, p.ticket, draining=p.draining))
+        self._rename(p)
+        if self.settings.on_outage == "closed":
+            self._refuse(p, QueueUnavailable("Maestro is out and MAESTRO_ON_OUTAGE=closed: the call was not made."))
+        elif p.ticket.nested:
+            self._start_locally(p)  # its parent, which holds a slot, waits for it
+        else:
+            self.local_queue[p.ticket.stage_id] = p
+            self._fill_locally()
+
+    def _fill_locally(self) -> None:
+        while self.local_queue and len(self.local) < self.settings.local_concurrency:
+            self._start_locally(next(iter(self.local_queue.values())))
+
+    def _start_locally(self, p: Pass) -> None:
+        """Let a pass through to the known engine with fewest of ours, or to its own URL."""
+        engines = [] if self.settings.on_outage == "original_url" else self._engines_for(p.ticket)
+        busy = Counter(self.local.values())
+        engine = min(engines or [self._original(p)], key=lambda e: (busy[e.engine_id], e.engine_id))
+        self.local[p.ticket.stage_id] = engine.engine_id
+        self._let_through(p, engine)
+
+    def _let_through(self, p: Pass, engine: EngineSpec) -> None:
+        grant = Grant(
+            stage_id=p.ticket.stage_id,
+            engine_id=engine.engine_id,
+            token=0,
+            epoch=0,
+            kv_bytes=0,
+            priority=_priority(p.ticket),
+            granted_at_s=self.clock.now_s(),
+        )
+        self._hand(p, grant, engine)
+
+    def _end_locally(self, stage_id: str) -> bool:
+        """Give the slot of a stage back that was let through; False where it had none."""
+        if self.local.pop(stage_id, None) is None:
+            return False
+        self._fill_locally()
+        return True
+
+    # -- reports -----------------------------------------------------------------------------------------------------
+    async def finish(self, p: Pass, grant: Grant, observation: Observation) -> None:
+        """Say that a stage ended, unless it was withdrawn before."""
+        if not self._end_locally(grant.stage_id) and self.held.pop(grant.stage_id, None) is p:
+            say = functools.partial(self.queue.finish, observation, token=grant.token)
+            await self._say(lambda: say(now_s=observation.finished_at_s))
+
+    async def requeue(self, p: Pass, grant: Grant, *, draining: bool, at_once: bool) -> None:
+        """Say that a stage goes back into the queue, where it waits for its next grant."""
+        t = p.ticket
+        self._end_locally(t.stage_id)
+        self.held.pop(t.stage_id, None)
+        self.waiting[t.stage_id] = p  # before the queue may answer
+        p.draining, p.spent_token = draining, grant.token
+        if not at_once:
+            await asyncio.sleep(RETRY_S)
+        if grant.token and self._waits(p, t.stage_id):
+            try:
+                ours = await self.queue.requeue(t, token=grant.token, now_s=self.clock.now_s(), draining=draining)
+            except Exception as e:
+                ours = False
+                if isinstance(e, QueueUnavailable):
+                    self._down(e)
+                else:
+                    self._bug("requeue", e)
+                self._later(functools.partial(self._cancel, t, draining=draining))
+            if ours and self._waits(p, t.stage_id):
+                p.queued, p.draining = True, False
+                return
+        if self._waits(p, t.stage_id):  # the queue knows this stage no more by its name, or never did
+            self._rename(p)
+            await self._push(p)
+
+    async def withdraw(self, p: Pass, *, was_sent: bool) -> None:
+        """Say that a stage's caller is gone. A grant that is on its way finds no taker and is given back."""
+        t = p.ticket
+        known = self._waits(p, t.stage_id) or self.held.pop(t.stage_id, None) is not None
+        self._let_go(p)
+        _fail(p, RunGone("This call was withdrawn while it waited."))
+        if not self._end_locally(t.stage_id) and known and p.pushed:
+            # At the caller's own URL the bound is on what this app keeps open, and that is closed now.
+            ours = p.engine is None or not p.engine.original
+            await self._say(self._cancel, t, draining=ours and (was_sent or p.draining))
+
+    async def _cancel(self, t: Ticket, *, draining: bool) -> None:
+        await self.queue.cancel(t.stage_id, t.model, now_s=self.clock.now_s(), draining=draining)
+
+    async def end_run(self, run: RunEnd) -> None:
+        """The run is over: wake whoever still waits for it, then tell the statistics."""
+        for p in [p for p in self.waiting.values() if p.ticket.run_id == run.run_id]:
+            p.ended = True
+            _fail(p, RunGone())
+            self._spawn(functools.partial(self.withdraw, was_sent=False), (p,))
+        await self.ready.wait()
+        await self._say(self.queue.end_run, run)
+
+    async def describe(self, workflow: str, spec: str) -> None:
+        """Hand over a workflow's static graph, once."""
+        await self.ready.wait()
+        await self._say(self.queue.describe, workflow, spec)
+
+    async def _say(self, f: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> None:
+        """Tell the queue something; what it cannot hear now is told again when it is back."""
+        try:
+            await f(*args, **kwargs)
+        except QueueUnavailable as e:
+            self._down(e)
+            self._later(functools.partial(f, *args, **kwargs))
+        except Exception as e:
+            self._bug(f"report: {getattr(f, '__name__', 'grant')}", e)
+
+    def _later(self, report: Callable[[], Awaitable[Any]]) -> None:
+        if len(self.unsent) < UNSENT_LIMIT:
+            self.unsent.append(report)
+
+    async def _flush(self) -> None:
+        """Tell the queue what it missed. Raises `QueueUnavailable`, and forgets nothing then."""
+        while self.unsent:
+            report = self.unsent.popleft()
+            try:
+                await report()
+            except QueueUnavailable:
+                self.unsent.appendleft(report)
+                raise
+            except Exception as e:
+                self._bug("a late report", e)
+
+    # -- listener and heartbeat --------------------------------------------------------------------------------------
+    async def listen(self) -> None:
+        """Deliver the next verdicts."""
+        try:
+            verdicts = await self.queue.verdicts(self.client_id, 2.0)
+        except QueueUnavailable:  # the heartbeat notices too, and says so
+            await asyncio.sleep(RETRY_S)
+            return
+        for verdict in verdicts:
+            self.deliver(verdict)
+
+    async def beat(self) -> None:
+        """Renew leases, notice outages and their ends, keep the fleet fresh."""
+        began_s = time.monotonic()
+        believed = {s: 0 for s, p in self.waiting.items() if p.queued}
+        believed |= {s: g.token for s, p in self.held.items() if (g := p.grant) is not None}
+        try:
+            async with self._within_patience():
+                if self.settings.redis_url:
+                    await self._meet()
+                renewal = await self.queue.renew(self.client_id, believed, now_s=self.clock.now_s())
+        except Exception as e:
+            self._trouble("heartbeat", e, since_s=began_s)
+        else:
+            self._judge(led=renewal.led, at_s=began_s)
+            await self._reconcile(believed, renewal)
+        if self._out():
+            for p in [p for s, p in self.waiting.items() if s not in self.local_queue]:
+                self._admit_locally(p)
+
+    def _judge(self, *, led: bool, at_s: float) -> None:
+        """The queue answered: Maestro is back, or out all the same where nobody has led it for some time."""
+        if led:
+            self._up()
+            return
+        self._unled_since_s = at_s if self._unled_since_s is None else self._unled_since_s
+        if at_s - self._unled_since_s > self.settings.outage_after_s:
+            self._down(
+                QueueUnavailable("no scheduler leads this pool. Start `maestro scheduler`."),
+                since_s=self._unled_since_s,
+            )
+
+    async def _meet(self) -> None:
+        """Learn from Redis what it is asked for: its clock, once, and the fleet."""
+        if self._sync_clock is not None:
+            await self._sync_clock()
+            self._sync_clock = None
+        await self.refresh_fleet()
+
+    async def refresh_fleet(self) -> None:
+        """Read the engines that the scheduler last published; an empty answer does not erase what is known."""
+        found = await self.queue.fleet()
+        if found and self.settings.redis_url:
+            self.fleet = {e.engine_id: e for e in found}
+            self.models |= {e.model for e in found}
+
+    async def _reconcile(self, believed: Mapping[str, int], renewal: Renewal) -> None:
+        """Bring a queue that forgot, or that we did not hear, to what is true here."""
+        with contextlib.suppress(QueueUnavailable):
+            await self._flush()
+        for stage_id in renewal.gone:
+            if believed[stage_id]:
+                await self._say(self._announce, stage_id, believed[stage_id])
+            elif (p := self.waiting.get(stage_id)) is not None and p.queued:
+                self._spawn(self._push_again, (p,))
+        for stage_id in renewal.granted:
+            await self._say(self._fetch, stage_id)
+
+    async def _announce(self, stage_id: str, token: int) -> None:
+        """Tell a queue that forgot it what is held here."""
+        p = self.held.get(stage_id)
+        if p is None or (grant := p.grant) is None or grant.token != token:
+            return
+        await self.queue.announce(p.ticket, grant, now_s=self.clock.now_s())
+        if self.held.get(stage_id) is not p:  # it ended meanwhile, and may have said so too early to be heard
+            await self._cancel(p.ticket, draining=True)
+
+    async def _fetch(self, stage_id: str) -> None:
+        """Ask for a grant whose message was lost: pushing a known stage again returns it."""
+        if (p := self.waiting.get(stage_id)) is not None:
+            verdict = await self.queue.push(p.ticket, engines=(), now_s=self.clock.now_s())
+            if verdict is not None and self._waits(p, stage_id):
+                self.deliver(verdict)
+
+    async def _push_again(self, p: Pass) -> None:
+        """The queue ended a stage that waits here, or forgot it. Unless it refused it, it goes in anew."""
+        t = p.ticket
+        status = None
+        with contextlib.suppress(QueueUnavailable):
+            status = await self.queue.cancel(t.stage_id, t.model, now_s=self.clock.now_s(), draining=False)
+        if status is Status.REFUSED:
+            await asyncio.sleep(RETRY_S)  # its refusal is on its way, or was lost
+            if self._waits(p, t.stage_id):
+                self._refuse(p, StageRefused("This call was refused; why, was lost on the way."))
+        elif self._waits(p, t.stage_id):
+            self._rename(p)
+            await self._push(p)
+
+
+def _priority(t: Ticket) -> int:
+    """What the engine orders by, of a stage that no planner saw."""
+    return 0 if t.nested else wire_priority(t.due_at_s)
+
+
+def _refusal(p: Pass, refusal: Refusal) -> MaestroError:
+    t = p.ticket
+    if refusal.reason == "full":
+        return QueueFull(f"The queue for model {t.model!r} is full.", retry_after_s=refusal.retry_after_s)
+    if refusal.reason == "deadline":
+        return StageRefused(
+            f"The deadline of {t.role or 'this run'} cannot be met.", retry_after_s=refusal.retry_after_s
+        )
+    if refusal.reason == "operator":
+        return StageRefused("An operator withdrew this call (`maestro queue cancel`).")
+    return NoEngineFits(
+        f"no engine for {t.model!r} could ever hold {t.prompt_tokens} prompt tokens + output of {t.role or 'this call'}"
+    )
+
+
+def _fail(p: Pass, error: BaseException) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        p.future.set_exception(error)
+
+
+def _renamed(stage_id: str) -> str:
+    """A new name for a stage whose old one has ended in the queue."""
+    base, _, n = stage_id.rpartition("~")
+    return f"{base}~{int(n) + 1}" if base and n.isdecimal() else f"{stage_id}~1"
