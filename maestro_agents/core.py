@@ -176,9 +176,12 @@ class Ticket:
         for name in ("excluded_engines", "features"):
             if name in known:
                 known[name] = tuple(known[name])
-        if "service_class" in known:
-            known["service_class"] = ServiceClass(known["service_class"])
-        return cls(**known)
+        try:
+            if "service_class" in known:
+                known["service_class"] = ServiceClass(known["service_class"])
+            return cls(**known)
+        except (ValueError, TypeError) as e:
+            raise WireError(f"not a ticket: {e}") from e
 
 
 def _encode(value: Ticket | Observation, defaults: Mapping[str, Any]) -> str:

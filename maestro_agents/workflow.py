@@ -22,6 +22,9 @@ SHRINK: Final = 4.0
 MAX_VISIT: Final = 6
 MAX_WORKFLOWS: Final = 1_000
 MAX_OPEN_RUNS: Final = 10_000
+MAX_STAGES: Final = 1_000
+"""Stages of one run that are remembered until it ends."""
+
 WINDOW: Final = 200.0
 """Runs that a mean remembers: older ones fade."""
 
@@ -76,7 +79,9 @@ class Workflows:
             return
         self._stage_s.add(o.service_s)
         if o.run_id:
-            self._open.setdefault(o.run_id, []).append(o)
+            stages = self._open.setdefault(o.run_id, [])
+            if len(stages) < MAX_STAGES:
+                stages.append(o)
             if len(self._open) > MAX_OPEN_RUNS:
                 self._open.popitem(last=False)
 

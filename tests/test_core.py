@@ -39,7 +39,19 @@ def test_a_ticket_survives_the_wire(
     assert Ticket.decode(ticket.encode()) == ticket
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"v": "x"}', '{"v": 1}', '{"v": 99, "stage_id": "s"}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"v": "x"}',
+        '{"v": 1}',
+        '{"v": 99, "stage_id": "s"}',
+        "null",
+        '{"v":1,"stage_id":"s","client_id":"c","model":"m","service_class":"vip"}',
+    ],
+)
 def test_what_is_no_ticket_is_said_to_be_none(text: str) -> None:
     """Garbage and tickets of a distant version raise `WireError`, nothing else."""
     with pytest.raises(WireError):

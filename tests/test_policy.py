@@ -144,12 +144,13 @@ def test_pinned_excluded_and_dead_engines() -> None:
     a, b, dead = engine("a"), engine("b"), engine("dead", healthy=False)
     places = {
         "pinned": decide([ticket("s", pinned_engine="b")], [prediction()], [a, b]).grants,
+        "pinned, dead": decide([ticket("s", pinned_engine="dead")], [prediction()], [a, dead]).grants,
         "excluded": decide([ticket("s", excluded_engines=("a",))], [prediction()], [a, b]).grants,
         "all failed": decide([ticket("s", excluded_engines=("a", "b"))], [prediction()], [a, b]).grants,
         "dead": decide([ticket("s")], [prediction()], [dead]).grants,
     }
     assert {k: [g.engine_id for _, g in v] for k, v in places.items()} == {
-        "pinned": ["b"], "excluded": ["b"], "all failed": ["a"], "dead": [],
+        "pinned": ["b"], "pinned, dead": ["a"], "excluded": ["b"], "all failed": ["a"], "dead": [],
     }  # fmt: skip
 
 

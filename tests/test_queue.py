@@ -121,6 +121,7 @@ async def test_the_fast_path_reserves_the_roles_p99(queue: Queue) -> None:
     """The reservation is prompt + p99 of the role, where the caller sets no smaller bound."""
     epoch = await led(queue, credit=True)
     await queue.publish((A,), p99={"m|r": 321.0}, epoch=epoch, valid_until_s=NOW + 1000)
+    await queue.publish((A,), p99={"m|other": 9.0}, epoch=epoch, valid_until_s=NOW + 1000)  # only what changed is said
     grant = await queue.push(ticket("s", max_tokens=None), engines=(A,), now_s=NOW)
     assert isinstance(grant, Grant)
     assert grant.kv_bytes == 421

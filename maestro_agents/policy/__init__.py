@@ -105,11 +105,13 @@ def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
 def candidates(ticket: Ticket, engines: Iterable[EngineState]) -> list[EngineState]:
     """Engines that may serve a stage: its model, alive, pinned where its state lives, not where it just failed.
 
-    Where every live engine has failed it, it may try them again.
+    Where every live engine has failed it, it may try them again. Where the one with its state is dead, so is the state:
+    another engine will say that it does not know it, which is what the caller has to hear.
     """
     live = [e for e in engines if e.healthy and e.spec.model == ticket.model]
-    if ticket.pinned_engine:
-        return [e for e in live if e.spec.engine_id == ticket.pinned_engine]
+    pinned = [e for e in live if e.spec.engine_id == ticket.pinned_engine]
+    if pinned:
+        return pinned
     return [e for e in live if e.spec.engine_id not in ticket.excluded_engines] or live
 
 

@@ -59,7 +59,7 @@ class RoleStatistics:
         self._changed.add(key)
         self._cache.pop(key, None)
         if len(self._roles) > MAX_ROLES:
-            self._roles.popitem(last=False)
+            self._cache.pop(self._roles.popitem(last=False)[0], None)
 
     def _quantiles(self, role_key: str, model: str) -> tuple[float, float, float, float]:
         """Mean, p50, p90, p99 of a role's output tokens."""

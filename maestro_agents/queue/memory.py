@@ -269,7 +269,7 @@ class MemoryQueue:
         if epoch < self._epoch:
             return False
         self._engines = {e.engine_id: e for e in engines}
-        self._p99 = dict(p99)
+        self._p99 = {**self._p99, **p99}
         self._credit_epoch, self._credits_until_s = epoch, valid_until_s
         return True
 

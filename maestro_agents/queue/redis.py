@@ -492,7 +492,7 @@ class RedisQueue:
             rows = await self._redis.xrange(self._fixed["log"], min=f"({after}" if after else "-", count=n)
         entries: list[Observation | RunEnd] = []
         for _, fields in rows:
-            with contextlib.suppress(WireError):  # one bad entry does not stop the reader
+            with contextlib.suppress(WireError, KeyError):  # one bad entry does not stop the reader
                 entries.append(Observation.decode(fields["o"]) if "o" in fields else _run_end(fields["r"]))
         return (rows[-1][0] if rows else after), entries
 
