@@ -334,22 +334,24 @@ class Scheduler:
 
         An engine that has R requests while L stages with a live grant have reached it may still compute R - L of those
         that drain; which ones it does not say, so the smallest reservations are given back first. Two looks, since a
-        count may miss a request that arrives this moment, and L may hold one that ends this moment.
+        count may miss a request that arrives this moment, and L may hold one that ends this moment; later one.
         """
         looked_at_s = self._probed_at_s[engine_id]
         judged_at_s, before = self._spare.get(engine_id, (-math.inf, 0))
         if looked_at_s <= judged_at_s:
             return []
-        # After half a lease a request whose connection is gone is gone too: then those on their way count as arrived, or an
-        # engine with many short stages would never be seen to agree, and a dead app's memory be held past two leases.
-        patient = any(looked_at_s - r.since_s < self.lease_s / 2 for r in entries)
-        seen_by_s = looked_at_s - (ARRIVAL_S if patient else 0.0)
-        live = sum(1 for s in running if s.engine_id == engine_id and s.granted_at_s < seen_by_s)
-        busy = max(0, health.running + max(0, health.waiting) - live)
+        here = [s for s in running if s.engine_id == engine_id and s.granted_at_s < looked_at_s]
+        reached = sum(s.granted_at_s < looked_at_s - ARRIVAL_S for s in here)
+        requests = health.running + max(0, health.waiting)
         old = sorted((r for r in entries if r.since_s < looked_at_s), key=lambda r: r.kv_bytes)
-        spare = max(0, len(old) - busy)
-        free = old[: min(spare, before)]
-        self._spare[engine_id] = (looked_at_s, spare - len(free))
+        spare = max(0, len(old) - max(0, requests - reached))
+        # What drains for a quarter of a lease lost its connection long ago, and an engine stops then. One look is enough for
+        # it, and stages on their way count as arrived: an engine with many short ones would never be seen to agree, and a
+        # dead app's memory would be held past two leases.
+        aged = [r for r in old if looked_at_s - r.since_s >= self.lease_s / 4]
+        sure = max(0, len(old) - max(0, requests - len(here)))
+        free = aged[:sure] if aged else old[: min(spare, before)]
+        self._spare[engine_id] = (looked_at_s, max(0, spare - len(free)))
         return free
 
     # -- learn -------------------------------------------------------------------------------------------------------
