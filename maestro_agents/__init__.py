@@ -22,7 +22,7 @@ Around the journey:
   `maestro_agents.ports`: all that is needed from outside, with its promises.
 * `maestro_agents.settings`: ``MAESTRO_*`` and ``maestro.toml``; `maestro_agents.fleet`: ``fleet.toml``.
 * `maestro_agents.guard`: child processes that end when their owner does, kill -9 included.
-* `maestro_agents.simulator`: the same policies on a virtual clock.
+* `maestro_agents.simulator`: the engine model that the emulator runs on (the simulator itself is still to come).
 * ``maestro_serving``: launch, adopt, observe and emulate engines.
 * `maestro_agents.cli`: the ``maestro`` command.
 

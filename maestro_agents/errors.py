@@ -8,7 +8,6 @@ MaestroError
     StageRefused           refused early: the deadline cannot be met   (retry_after_s)
     WaitTooLong            the gate's maximum wait passed
     RunGone                the run that owned the call ended while it waited
-    LeaseLost              our grant is no longer ours
     IllegalMove            a bug: the lifecycle has no such move
   RoutingError
     NoEngineFits           no engine of the fleet could ever serve this stage
@@ -62,10 +61,6 @@ class WaitTooLong(QueueError):
 
 class RunGone(QueueError):
     """The run that owned this call is gone."""
-
-
-class LeaseLost(QueueError):
-    """The grant was given to nobody else, but it is no longer ours: the lease expired or leadership changed."""
 
 
 class IllegalMove(QueueError):

@@ -54,7 +54,7 @@ def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
     for ticket in snapshot.tickets:
         prediction = snapshot.predictions[ticket.stage_id]
         if ticket.refuse_late and priority.is_late(ticket, prediction, now_s):
-            result.refusals.append((ticket, _too_late(ticket, prediction, snapshot)))
+            result.refusals.append((ticket, _too_late(ticket, snapshot)))
             continue
         moment = float("-inf") if ticket.nested else order(ticket, prediction, now_s)
         if not ticket.nested and abs(moment - ticket.due_at_s) <= DRIFT * abs(moment - ticket.pushed_at_s):
@@ -120,9 +120,8 @@ def wire_priority(moment: float) -> int:
     return 0 if moment in (float("-inf"), float("inf")) else int(moment * 1000.0)
 
 
-def _too_late(ticket: Ticket, prediction: Prediction, snapshot: Snapshot) -> Refusal:
+def _too_late(ticket: Ticket, snapshot: Snapshot) -> Refusal:
     """Retry when the work that waits now has been served."""
     slots = sum(e.spec.slots for e in snapshot.engines if e.spec.model == ticket.model and e.healthy) or 1
     ahead = sum(snapshot.predictions[t.stage_id].service_s for t in snapshot.tickets if t.model == ticket.model)
-    del prediction
     return Refusal(stage_id=ticket.stage_id, reason="deadline", retry_after_s=max(0.5, ahead / slots))

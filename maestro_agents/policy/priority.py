@@ -1,8 +1,8 @@
 """In which order: a moment for every waiting stage, smaller first.
 
 A moment, not a rank: it is fixed when the stage is pushed, so the queue never re-sorts, and older work comes due by
-itself. Only an event writes a new one: a deadline that cannot be met any more. Each order is a pure function of the
-ticket, its prediction and the time; a user's own is one more such function.
+itself. The planner writes a new one only where a lost deadline, or a prediction that changed much, moves it far. Each
+order is a pure function of the ticket, its prediction and the time; a user's own is one more such function.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from maestro_agents.core import (
-    TRANSITIONS,
     Command,
     EngineSpec,
     Grant,
@@ -25,6 +24,7 @@ from maestro_agents.core import (
     Ticket,
     Verdict,
     kv_need_bytes,
+    move,
 )
 from maestro_agents.ports import Ledger, Renewal, Reservation, Running
 
@@ -190,7 +190,7 @@ class MemoryQueue:
 
     def _end(self, stage: _Stage, command: Command, *, drain_since_s: float | None = None) -> None:
         """Move a stage to its terminal status; free its reservation, or let it drain."""
-        (to,) = TRANSITIONS[stage.status, command]
+        to = move(stage.status, command)
         if stage.status is Status.QUEUED:
             self._ready[stage.ticket.model].discard(stage.ticket.stage_id)
         elif stage.grant is not None:
