@@ -12,18 +12,21 @@ import atexit
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import os
 import platform
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from maestro_agents.core import EngineSpec, Grant, Observation, RunEnd, Status, Ticket
-from maestro_agents.errors import WaitTooLong
+from maestro_agents.core import EngineSpec, Grant, Mode, Observation, Refusal, RunEnd, Status, Ticket
+from maestro_agents.errors import QueueFull, WaitTooLong
 from maestro_agents.room import Room
-from maestro_agents.settings import Settings
+
+if TYPE_CHECKING:
+    from maestro_agents.settings import Settings
 
 BEAT_S: Final = 0.1
 """How often a waiting call shows its caller that it lives (LangGraph's idle timeout)."""
@@ -42,6 +45,8 @@ class Pass:
         self.grant: Grant | None = None
         self.engine: EngineSpec | None = None
         self.original_url = original_url
+        #: `Mode.ON` while its grant is the queue's business; else it goes out as its caller made it.
+        self.mode = Mode.ON
         self.ended = False
         self.first_byte_at_s = 0.0
         self.future: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -58,6 +63,25 @@ class Pass:
         self.draining = False
         #: Fencing token of the last grant given back: what comes under it comes too late.
         self.spent_token = 0
+        #: The queue was full when it was last asked; it will be asked again.
+        self.turned_away: Refusal | None = None
+
+    @classmethod
+    def observed(cls, room: Room, ticket: Ticket, original_url: str) -> Pass:
+        """A pass that waits for nothing: its call is measured only, and leaves now."""
+        p = cls(room, ticket, original_url)
+        p.mode, p._submitted = Mode.OBSERVE, True
+        p.engine = room.original(p)
+        p.grant = Grant(
+            stage_id=ticket.stage_id,
+            engine_id=p.engine.engine_id,
+            token=0,
+            epoch=0,
+            kv_bytes=0,
+            granted_at_s=ticket.pushed_at_s,
+        )
+        p.future.set_result(None)
+        return p
 
     # -- wait --------------------------------------------------------------------------------------------------------
     def wait(self, beat: Callable[[], None] | None = None) -> EngineSpec:
@@ -80,24 +104,32 @@ class Pass:
     async def wait_async(self, beat: Callable[[], None] | None = None) -> EngineSpec:
         """The same on the caller's event loop. A cancelled caller withdraws its stage."""
         began_s = time.monotonic()
-        ours = asyncio.wrap_future(self.future)
         try:
-            while (slice_s := self._next_slice(began_s, beat)) > 0:
-                await asyncio.wait([ours], timeout=slice_s)
+            if (slice_s := self._next_slice(began_s, beat)) > 0:
+                await self._answered(slice_s, began_s, beat)
             return self._granted()
         except BaseException:
             self.cancel()
             raise
         finally:
-            if not ours.cancel() and not ours.cancelled():
-                ours.exception()  # `_granted` raised it: asyncio need not say that nobody looked
             self._patience_s -= time.monotonic() - began_s
+
+    async def _answered(self, slice_s: float, began_s: float, beat: Callable[[], None] | None) -> None:
+        ours = asyncio.wrap_future(self.future)
+        try:
+            while slice_s > 0:
+                await asyncio.wait([ours], timeout=slice_s)
+                slice_s = self._next_slice(began_s, beat)
+        finally:
+            if not ours.cancel() and not ours.cancelled():
+                ours.exception()  # `_granted` raises it: asyncio need not say that nobody looked
 
     def _next_slice(self, began_s: float, beat: Callable[[], None] | None) -> float:
         """Seconds to wait before looking again; nothing where the wait is over."""
         if not self._submitted:  # after a requeue it is on its way already
             self._submitted = True
-            self._room.call(self._room.admit, self)
+            if not self._room.admit_at_once(self):
+                self._room.call(self._room.admit, self)
         if not self.future.done() and not self._room.alive:
             self._room.abandon(self)
         if self.future.done():
@@ -109,6 +141,12 @@ class Pass:
 
     def _granted(self) -> EngineSpec:
         if not self.future.done():
+            if (full := self.turned_away) is not None:
+                raise QueueFull(
+                    f"The queue for model {self.ticket.model!r} is full, and was for "
+                    f"{self._room.settings.max_wait_s:g} s (MAESTRO_MAX_WAIT_S).",
+                    retry_after_s=full.retry_after_s,
+                )
             raise WaitTooLong(
                 f"no engine for {self.ticket.role or 'this call'} ({self.ticket.model}) within "
                 f"{self._room.settings.max_wait_s:g} s (MAESTRO_MAX_WAIT_S). See `maestro queue ls`."
@@ -155,12 +193,26 @@ class Pass:
         ok: bool = True,
         prompt_tokens: int = 0,
         output_tokens: int = 0,
+        output_estimated: bool = False,
         cached_tokens: int = 0,
         tool_calls: int = 0,
         engine_queue_s: float = 0.0,
         engine_ttft_s: float = 0.0,
     ) -> None:
         """The stage has ended. Never blocks; a second word is ignored."""
+        self._end(
+            Status.DONE if ok else Status.FAILED,
+            prompt_tokens=prompt_tokens or self.ticket.prompt_tokens,
+            output_tokens=output_tokens,
+            output_estimated=output_estimated,
+            cached_tokens=cached_tokens,
+            tool_calls=tool_calls,
+            engine_queue_s=engine_queue_s,
+            engine_ttft_s=engine_ttft_s,
+        )
+
+    def _end(self, status: Status, **told: Any) -> None:
+        """Report how the stage ended. ``told``: what its answer said of it."""
         if self.ended or self.grant is None or self.engine is None:
             return
         self.ended = True
@@ -175,33 +227,40 @@ class Pass:
             engine_id=g.engine_id,
             service_class=t.service_class,
             tenant=t.tenant,
-            status=Status.DONE if ok else Status.FAILED,
+            status=status,
             visit=t.visit,
             step=t.step,
+            siblings=t.siblings,
+            node_attempt=t.node_attempt,
+            replayed=t.replayed,
             attempt=t.attempt,
             fast=g.fast,
             priority=g.priority,
-            prompt_tokens=prompt_tokens or t.prompt_tokens,
-            output_tokens=output_tokens,
-            cached_tokens=cached_tokens,
-            tool_calls=tool_calls,
             run_started_at_s=t.run_started_at_s,
             deadline_at_s=t.deadline_at_s,
             pushed_at_s=t.pushed_at_s,
             granted_at_s=g.granted_at_s,
             first_byte_at_s=self.first_byte_at_s,
             finished_at_s=self._room.clock.now_s(),
-            engine_queue_s=engine_queue_s,
-            engine_ttft_s=engine_ttft_s,
+            observed=self.mode is not Mode.ON,
             features=t.features,
+            **told,
         )
-        self._room.call(self._room.finish, self, g, observation)
+        if not self._room.finish_at_once(self, g, observation):
+            self._room.call(self._room.finish, self, g, observation)
 
     def cancel(self) -> None:
         """Withdraw the stage, wherever it is. Never blocks; after `finish` it does nothing."""
+        if self.mode is Mode.OBSERVE and self._was_sent:  # it is recorded however it ends
+            self._end(Status.CANCELLED, prompt_tokens=self.ticket.prompt_tokens)
         if not self.ended:
             self.ended = True
             self._room.call(functools.partial(self._room.withdraw, self, was_sent=self._was_sent))
+
+    def drop(self) -> None:
+        """End a stage whose report failed, for a bug of ours: its engine must not stay taken. Never blocks."""
+        self.ended = True
+        self._room.call(functools.partial(self._room.withdraw, self, was_sent=False))
 
 
 class Client:
@@ -235,6 +294,8 @@ class Client:
     @classmethod
     def configure(cls, **settings: Any) -> None:
         """Settings that win over environment and file. Raises `ConfigError` at once; restarts a running client."""
+        from maestro_agents.settings import Settings
+
         _fleet_of(Settings.load(**{**_overrides, **settings}))
         _overrides.update(settings)
         cls.reset()
@@ -242,36 +303,50 @@ class Client:
     @classmethod
     def configured(cls) -> Settings:
         """The settings that the next client starts with. Raises `ConfigError`."""
+        from maestro_agents.settings import Settings  # what reads them is slow to import
+
         return Settings.load(**_overrides)
 
     def now_s(self) -> float:
         """The queue's clock."""
         return self._room.clock.now_s()
 
-    def open(self, ticket: Ticket, *, original_url: str) -> Pass | None:
+    @property
+    def mode(self) -> Mode:
+        """How much of this process's calls is ours now: its setting, or less where the pool's switch says so."""
+        return self._room.mode
+
+    def mode_of(self, key: str) -> Mode:
+        """How much of a call is ours. ``key``: what keeps the calls of one run together (``rollout``)."""
+        mode, rollout = self._room.mode, self.settings.rollout
+        return Mode.OBSERVE if mode is Mode.ON and rollout < 100 and _percentile(key) >= rollout else mode
+
+    def open(self, ticket: Ticket, *, original_url: str, key: str = "") -> Pass | None:
         """A pass for one stage, or None where this call is none of ours: then it goes out untouched.
 
+        ``key``: see `mode_of`; the run, or for an anonymous call the stage, where it is empty.
         Never blocks and never raises for trouble of infrastructure.
         """
-        if self.settings.mode == "off":
+        room, mode = self._room, self.mode_of(key or ticket.run_id or ticket.stage_id)
+        if mode is Mode.OFF:
             return None
-        room = self._room
-        if room.models and ticket.model not in room.models:
+        if mode is Mode.ON and room.models and ticket.model not in room.models:
+            room.tell_unserved(ticket.model)
             return None
         now_s = self.now_s()
-        return Pass(
-            room,
-            ticket.evolve(client_id=self.client_id, pushed_at_s=now_s, due_at_s=ticket.due_at_s or now_s),
-            original_url,
-        )
+        ticket = ticket.evolve(client_id=self.client_id, pushed_at_s=now_s, due_at_s=ticket.due_at_s or now_s)
+        return (Pass if mode is Mode.ON else Pass.observed)(room, ticket, original_url)
 
     def end_run(self, run: RunEnd) -> None:
         """A run is over (or paused). Never blocks; its stages that still wait raise `RunGone`."""
-        self._room.call(self._room.end_run, run)
+        if self.mode is Mode.OFF:
+            return
+        if not self._room.end_run_at_once(run):
+            self._room.call(self._room.end_run, run)
 
     def describe(self, workflow: str, spec: str) -> None:
         """The static graph of a workflow, as JSON; said once per fingerprint. Never blocks."""
-        if workflow not in self._room.described:
+        if self.mode is not Mode.OFF and workflow not in self._room.described:
             self._room.described[workflow] = None
             if len(self._room.described) > DESCRIBED_LIMIT:
                 self._room.described.popitem(last=False)
@@ -285,9 +360,15 @@ class Client:
 _overrides: dict[str, Any] = {}
 
 
+def _percentile(key: str) -> float:
+    """Where a key lies between 0 and 100: the same in every process, evenly spread."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64 * 100
+
+
 def _fleet_of(settings: Settings) -> dict[str, EngineSpec]:
     """The fleet that this process schedules itself. Raises `ConfigError`."""
-    if settings.redis_url or not settings.fleet or settings.mode == "off":
+    if settings.redis_url or not settings.fleet or settings.mode is not Mode.ON:
         return {}
     from maestro_agents.fleet import load_fleet
 

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -30,6 +31,22 @@ class ServiceClass(enum.StrEnum):
     INTERACTIVE = "interactive"
     #: Nobody waits at a screen; throughput counts.
     BATCH = "batch"
+
+
+class Mode(enum.StrEnum):
+    """How much of a call is ours. `Switch` can only lower what a process's own setting allows."""
+
+    #: Ordered and routed.
+    ON = "on"
+    #: Measured and recorded; it goes out as its caller made it, when its caller made it.
+    OBSERVE = "observe"
+    #: As if Maestro were not there.
+    OFF = "off"
+
+    @property
+    def rank(self) -> int:
+        """The larger, the more is ours."""
+        return (Mode.OFF, Mode.OBSERVE, Mode.ON).index(self)
 
 
 class Status(enum.StrEnum):
@@ -126,6 +143,14 @@ class Ticket:
     visit: int = 0
     #: LangGraph superstep; stages of the same step run beside each other.
     step: int = 0
+    #: Other tasks of this node that had begun in the same superstep: the width of a fan-out, as far as it was known.
+    siblings: int = 0
+    #: 1 on the first try of its node (LangGraph's RetryPolicy).
+    node_attempt: int = 1
+    #: The same call was made before, and its node runs once more (resumed after an interrupt, or retried): no progress.
+    replayed: bool = False
+    #: Its caller throws it away then (timeout of a node or a superstep); inf where there is no such limit.
+    limit_at_s: float = math.inf
     #: Made while its parent's stream is open: admitted at once (else the two wait for each other for ever).
     nested: bool = False
     #: Only this engine will do (it holds the conversation's state, e.g. ``previous_response_id``); "" for any.
@@ -144,7 +169,7 @@ class Ticket:
             raise WireError("a ticket needs stage_id, client_id and model")
         if self.prompt_tokens < 0 or (self.max_tokens is not None and self.max_tokens < 0):
             raise WireError(f"stage {self.stage_id}: token counts cannot be negative")
-        if math.isnan(self.due_at_s) or math.isnan(self.deadline_at_s):
+        if math.isnan(self.due_at_s) or math.isnan(self.deadline_at_s) or math.isnan(self.limit_at_s):
             raise WireError(f"stage {self.stage_id}: a moment cannot be NaN")
 
     @property
@@ -184,7 +209,7 @@ class Ticket:
             raise WireError(f"not a ticket: {e}") from e
 
 
-def _encode(value: Ticket | Observation, defaults: Mapping[str, Any]) -> str:
+def _encode(value: Ticket | Observation | RunEnd, defaults: Mapping[str, Any]) -> str:
     """JSON of what differs from the defaults. Not `dataclasses.asdict`: its deep copy costs more than the rest of a push."""
     body: dict[str, Any] = {"v": WIRE_VERSION}
     for name, default in defaults.items():
@@ -247,6 +272,9 @@ class Observation:
     status: Status
     visit: int = 0
     step: int = 0
+    siblings: int = 0
+    node_attempt: int = 1
+    replayed: bool = False
     attempt: int = 1
     fast: bool = False
     priority: int = 0
@@ -261,9 +289,14 @@ class Observation:
     #: First byte of the answer reached the caller (0 where it never did).
     first_byte_at_s: float = 0.0
     finished_at_s: float = 0.0
-    #: The engine's own account where it gives one (vLLM ``--enable-per-request-metrics``), else 0.
+    #: The engine's own account where it gives one (vLLM ``--enable-per-request-metrics``), else 0: seconds in its queue,
+    #: then seconds from there to the first token.
     engine_queue_s: float = 0.0
     engine_ttft_s: float = 0.0
+    #: The call went out as its caller made it: Maestro measured it and neither ordered nor routed it.
+    observed: bool = False
+    #: ``output_tokens`` counts the content events of a stream that named no usage, about one a token.
+    output_estimated: bool = False
     features: tuple[float, ...] = ()
 
     @property
@@ -313,10 +346,77 @@ class RunEnd:
     deadline_at_s: float = math.inf
     service_class: ServiceClass = ServiceClass.INTERACTIVE
     tenant: str = "default"
+    #: Calls of it went out as their caller made them, measured only.
+    observed: bool = False
+    #: What was seen of its graph: tasks of each node; LLM calls of each node; (from, to, how many tasks of ``from`` led to
+    #: a task of ``to``), ``__start__`` and ``__end__`` included. A task that had not ended well is not counted.
+    tasks: Mapping[str, int] = field(default_factory=dict[str, int])
+    calls: Mapping[str, int] = field(default_factory=dict[str, int])
+    moves: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def met_deadline(self) -> bool:
         return self.outcome == "done" and self.ended_at_s <= self.deadline_at_s
+
+    def encode(self) -> str:
+        """As JSON text; inverse of `decode`."""
+        return _encode(self, _RUN_END_DEFAULTS)
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> RunEnd:
+        try:
+            body = json.loads(text)
+            known = {k: v for k, v in body.items() if k in _RUN_END_DEFAULTS}
+            known["service_class"] = ServiceClass(known.get("service_class", "interactive"))
+            known["moves"] = tuple((str(a), str(b), int(n)) for a, b, n in known.get("moves", ()))
+            for name in ("tasks", "calls"):
+                known[name] = {str(node): int(n) for node, n in dict(known.get(name, ())).items()}
+            return cls(**known)
+        except (ValueError, TypeError, AttributeError) as e:
+            raise WireError(f"not the end of a run: {e}") from e
+
+
+_RUN_END_DEFAULTS: Final[Mapping[str, Any]] = {
+    **{f.name: f.default for f in dataclasses.fields(RunEnd)},
+    "tasks": {},
+    "calls": {},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Switch:
+    """What an operator allows a whole pool (``maestro switch``): the key ``switch`` in Redis. None there is ``on``."""
+
+    mode: Mode = Mode.ON
+    #: Who set it, in one word, e.g. ``alice@host``.
+    by: str = ""
+    at_s: float = 0.0
+    reason: str = ""
+
+    def encode(self) -> str:
+        """``off alice@host 1790000000.0 why``: to be read, and set, by hand in redis-cli too (``off`` alone will do)."""
+        by = "-".join(self.by.split()) or "-"
+        return f"{self.mode} {by} {self.at_s:.1f} {' '.join(self.reason.split())}".rstrip()
+
+    @classmethod
+    def decode(cls, text: str | None) -> Switch:
+        """Raises `WireError` for a mode that is none; who, when and why may be missing."""
+        mode, by, at, reason = (*(text or Mode.ON).split(maxsplit=3), "", "", "", "")[:4]
+        try:
+            return cls(mode=Mode(mode.strip('"').lower()), by=by.strip("-"), at_s=float(at or 0), reason=reason)
+        except ValueError as e:
+            raise WireError(f"the switch of this pool says {text!r}: use on, observe or off (`maestro switch`)") from e
+
+    @property
+    def at_rest(self) -> bool:
+        """There is nothing to tell: it is on, and what the key said was understood."""
+        return self.mode is Mode.ON and not (self.reason and not self.by)
+
+    def told(self) -> str:
+        """Who set it, when and why, as far as is known, for people."""
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.at_s)) if self.at_s else ""
+        who = " ".join(part for part in (at and f"since {at}", self.by and f"by {self.by}") if part)
+        return ": ".join(part for part in (who, self.reason) if part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ MaestroError
   ConfigError            yours: a setting, a fleet file, an argument
   QueueError             the queue
     QueueUnavailable       Redis cannot be reached
-    QueueFull              refused early: the bound was reached        (retry_after_s)
+    QueueFull              the bound was reached, and stayed so        (retry_after_s)
     StageRefused           refused early: the deadline cannot be met   (retry_after_s)
     WaitTooLong            the gate's maximum wait passed
     RunGone                the run that owned the call ended while it waited

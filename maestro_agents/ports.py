@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, Status, Ticket, Verdict
+from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, Status, Switch, Ticket, Verdict
 
 
 class Clock(Protocol):
@@ -111,6 +111,18 @@ class Queue(Protocol):
 
     async def end_run(self, run: RunEnd) -> None:
         """Append the end of a run to the observation log."""
+        ...
+
+    async def observe(self, observation: Observation) -> None:
+        """Append a call that no stage of the queue stands for to the observation log."""
+        ...
+
+    async def switch(self) -> Switch:
+        """What the operator allows this pool now. A word that is no mode is read as ``on``."""
+        ...
+
+    async def set_switch(self, switch: Switch, *, if_lost: bool = False) -> None:
+        """Allow the pool this from now on. ``if_lost``: only where the queue knows of no switch at all."""
         ...
 
     async def describe(self, workflow: str, spec: str) -> None:

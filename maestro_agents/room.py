@@ -2,7 +2,8 @@
 verdicts, the heartbeat that renews leases, and (without Redis) the scheduler itself.
 
 When Maestro is out (`Settings.on_outage`): stages that wait are let through to the last known engines within
-``local_concurrency``; the user is told once. What the queue missed meanwhile it learns when it is back. An unexpected
+``local_concurrency``; the user is told once. What the queue missed meanwhile it learns when it is back. Where the pool's
+switch (`core.Switch`) says that calls are not ours, those that wait leave for their own URL at once. An unexpected
 exception, of the queue or of ours, is logged once per kind and ends neither a call nor a service of the room.
 
 (Longer than our modules are: it is one machine, whose invariants, stated at the head of `Room`, are best read in one
@@ -17,13 +18,27 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import random
+import shlex
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
-from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, Status, Ticket, Verdict
+from maestro_agents.core import (
+    EngineSpec,
+    Grant,
+    Mode,
+    Observation,
+    Refusal,
+    RunEnd,
+    Status,
+    Switch,
+    Ticket,
+    Verdict,
+)
 from maestro_agents.errors import (
     MaestroError,
     NoEngineFits,
@@ -32,6 +47,7 @@ from maestro_agents.errors import (
     RunGone,
     StageRefused,
 )
+from maestro_agents.events import EventFile
 from maestro_agents.policy import wire_priority
 from maestro_agents.ports import Clock, Queue, Renewal
 from maestro_agents.queue.memory import MemoryQueue
@@ -48,6 +64,18 @@ FLUSH_S: Final = 2.0
 """Longest wait at interpreter exit for the last reports to leave."""
 
 UNSENT_LIMIT: Final = 10_000
+"""Reports kept for a queue that is out; later ones are dropped."""
+
+SWITCH_S: Final = 0.4
+"""How often the pool's switch is read: one ``GET``. Every process obeys within a second."""
+
+FILE_S: Final = 0.5
+"""How often the events file is written."""
+
+OWN_LOG_LENGTH: Final = 2_000
+"""Observations that an own queue keeps: its only reader, the scheduler beside it, is never further behind."""
+
+UNSERVED_LIMIT: Final = 1_000
 
 
 class _SteadyClock:
@@ -73,9 +101,16 @@ class Room:
         self.settings = settings
         self.client_id = client_id
         self.clock: Clock = _SteadyClock()
-        self.queue: Queue = MemoryQueue(lease_s=settings.lease_s, max_queue=settings.max_queue)
+        self.queue: Queue = MemoryQueue(
+            lease_s=settings.lease_s, max_queue=settings.max_queue, log_length=OWN_LOG_LENGTH
+        )
         self.scheduler: Scheduler | None = None
         self.fleet = engines
+        self.switch = Switch()
+        self._switch_unread = False
+        #: How much of a new call is ours now: the setting, or less by the switch.
+        self.mode = settings.mode
+        self.events = EventFile(settings.events) if settings.events and settings.mode is not Mode.OFF else None
         #: Every model that the fleet ever served: its calls are ours also while its engines are dead.
         self.models = {e.model for e in engines.values()}
         self.waiting: dict[str, Pass] = {}
@@ -87,12 +122,14 @@ class Room:
         self.described: OrderedDict[str, None] = OrderedDict()
         self.down_since_s: float | None = None
         self.told = False
-        self.closed = settings.mode == "off"
+        self.closed = settings.mode is Mode.OFF
         self.ready = asyncio.Event()
         self._unled_since_s: float | None = None
         self._sync_clock: Callable[[], Awaitable[None]] | None = None
         self._bugs: set[tuple[str, type[BaseException]]] = set()
         self._told_unserved = False
+        self._told_dropping = False
+        self._unserved: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._services: list[asyncio.Task[Any]] = []
         self.loop = asyncio.new_event_loop()
@@ -119,7 +156,30 @@ class Room:
         if self.settings.on_outage == "closed":
             _fail(p, QueueUnavailable("Maestro was shut down and MAESTRO_ON_OUTAGE=closed: the call was not made."))
         else:
-            self._let_through(p, self._original(p))
+            self._let_through(p, self.original(p))
+
+    def tell_unserved(self, model: str) -> None:
+        """Say, once per model, that the fleet does not name it; what to do about it, once. From any thread."""
+        if model in self._unserved or len(self._unserved) >= UNSERVED_LIMIT:
+            return
+        level = logging.INFO if self._unserved else logging.WARNING
+        self._unserved.add(model)
+        log.log(
+            level,
+            "no engine of the fleet serves model %r: its calls go out as they are. Run `maestro doctor --model %s`.",
+            model,
+            shlex.quote(model),
+        )
+
+    def original(self, p: Pass) -> EngineSpec:
+        """The caller's own URL as an engine. From any thread."""
+        return EngineSpec(
+            engine_id=f"{p.ticket.model}@{_plain_url(p.original_url)}",
+            url=p.original_url,
+            model=p.ticket.model,
+            slots=self.settings.local_concurrency,
+            original=True,
+        )
 
     def stop(self) -> None:
         """Flush the last reports, give back what is held, end the thread."""
@@ -171,8 +231,9 @@ class Room:
                 queue = self.queue = RedisQueue(s.redis_url, pool=s.pool, lease_s=s.lease_s, max_queue=s.max_queue)
                 self._sync_clock = functools.partial(clock.sync, queue)
                 async with self._within_patience():
+                    self._obey(await queue.switch())  # before all else: while it is off nobody waits for the rest
                     await self._meet()
-            else:
+            elif s.mode is Mode.ON:
                 self.scheduler = Scheduler(
                     self.queue, self.fleet.values(), clock=self.clock, holder=self.client_id, lease_s=s.lease_s
                 )
@@ -180,8 +241,14 @@ class Room:
                 self._services.append(self.loop.create_task(self.scheduler.run()))
         except Exception as e:
             self._trouble("start", e, since_s=began_s)
-        beat_s = min(s.lease_s / 3, 1.0)
-        for name, service, pause_s in (("listener", self.listen, 0.0), ("heartbeat", self.beat, beat_s)):
+        services = [("heartbeat", self.beat, min(s.lease_s / 3, 1.0))]
+        if s.mode is Mode.ON:
+            services.append(("listener", self.listen, 0.0))
+        if s.redis_url:
+            services.append(("switch", self.watch_switch, SWITCH_S))
+        if self.events is not None:
+            services.append(("events file", functools.partial(asyncio.to_thread, self.events.write), FILE_S))
+        for name, service, pause_s in services:
             self._services.append(self.loop.create_task(self._for_ever(name, service, pause_s)))
         self.ready.set()
 
@@ -205,6 +272,8 @@ class Room:
         deadline_s = time.monotonic() + FLUSH_S / 2
         while self._tasks and time.monotonic() < deadline_s:
             await asyncio.wait(self._tasks, timeout=FLUSH_S / 2)
+        if self.events is not None:
+            self.events.write()
         with contextlib.suppress(QueueUnavailable):
             await self._flush()
 
@@ -217,6 +286,23 @@ class Room:
             await self.queue.close()
 
     # -- admit -------------------------------------------------------------------------------------------------------
+    def admit_at_once(self, p: Pass) -> bool:
+        """Grant a stage on its caller's thread, where this process schedules itself and an engine is free. From any thread.
+
+        False: nothing has happened, `admit` it.
+        """
+        queue, t = self._own_queue(), p.ticket
+        if queue is None or self.mode is not Mode.ON:
+            return False
+        places = [self.fleet.get(self.original(p).engine_id)] if self.own_url_mode else self._engines_for(t)
+        known = [place for place in places if place is not None]
+        grant = queue.push_at_once(t, engines=known, now_s=self.clock.now_s()) if known else None
+        if grant is None:
+            return False
+        p.pushed = True
+        self._take(p, grant, self.fleet[grant.engine_id])
+        return True
+
     async def admit(self, p: Pass) -> None:
         """Push a stage; its caller is answered here (fast path), by the listener, or when Maestro is out."""
         if p.ended:
@@ -224,8 +310,13 @@ class Room:
         self.waiting[p.ticket.stage_id] = p
         if not self.ready.is_set():
             await self.ready.wait()
+            if not self._waits(p, p.ticket.stage_id):
+                return
             p.ticket = p.ticket.evolve(pushed_at_s=self.clock.now_s())  # the queue's clock is known only now
-        await self._push(p)
+        if self.mode is Mode.ON:
+            await self._push(p)
+        else:
+            self._bypass(p)  # the switch was turned while it came
 
     def _waits(self, p: Pass, stage_id: str) -> bool:
         return self.waiting.get(stage_id) is p
@@ -246,7 +337,11 @@ class Room:
                     return
                 p.pushed = True
                 verdict = await self.queue.push(t, engines=places, now_s=self.clock.now_s())
-                break
+                p.turned_away = _turned_away(t, verdict)
+                if p.turned_away is None:
+                    break
+                verdict = None
+                await asyncio.sleep(p.turned_away.retry_after_s * random.uniform(1.0, 2.0))
             except QueueUnavailable as e:
                 self._down(e)
                 await asyncio.sleep(RETRY_S)
@@ -259,8 +354,8 @@ class Room:
             self.deliver(verdict)
         elif self._waits(p, t.stage_id):
             p.queued = True
-        elif (p.ended or self.closed) and t.stage_id not in self.held:
-            # withdrawn while the push was on its way, and the word of it may have overtaken the push
+        elif (p.ended or self.closed or p.mode is not Mode.ON) and t.stage_id not in self.held:
+            # withdrawn, or let out, while the push was on its way, and the word of it may have overtaken the push
             await self._say(self._cancel, t, draining=False)
 
     async def _places(self, p: Pass) -> list[EngineSpec] | None:
@@ -291,7 +386,9 @@ class Room:
                 self.settings.pool,
                 p.ticket.model,
             )
-        self._let_through(p, self._original(p))
+        if self.models:
+            self.tell_unserved(p.ticket.model)
+        self._let_through(p, self.original(p))
 
     @property
     def own_url_mode(self) -> bool:
@@ -300,20 +397,11 @@ class Room:
 
     async def _own_url(self, p: Pass) -> EngineSpec:
         """Without a fleet, the URL that the app already uses is the engine, bounded by ``local_concurrency``."""
-        spec = self._original(p)
+        spec = self.original(p)
         if spec.engine_id not in self.fleet and self.scheduler is not None:
             self.fleet[spec.engine_id] = spec
             await self.scheduler.add_engine(spec)
         return spec
-
-    def _original(self, p: Pass) -> EngineSpec:
-        return EngineSpec(
-            engine_id=f"{p.ticket.model}@{p.original_url}",
-            url=p.original_url,
-            model=p.ticket.model,
-            slots=self.settings.local_concurrency,
-            original=True,
-        )
 
     # -- answer ------------------------------------------------------------------------------------------------------
     def deliver(self, verdict: Verdict) -> None:
@@ -333,10 +421,14 @@ class Room:
         if engine is None:
             self._spawn(self._meet_engine, (p, verdict))
             return
-        if verdict.fast:
-            verdict = dataclasses.replace(verdict, priority=_priority(p.ticket))
-        self.held[verdict.stage_id] = p
-        self._hand(p, verdict, engine)
+        self._take(p, verdict, engine)
+
+    def _take(self, p: Pass, grant: Grant, engine: EngineSpec) -> None:
+        """Hand a grant of the queue over. From any thread."""
+        if grant.fast:
+            grant = dataclasses.replace(grant, priority=_priority(p.ticket))
+        self.held[grant.stage_id] = p
+        self._hand(p, grant, engine)
 
     async def _return(self, grant: Grant) -> None:
         """A grant without a taker: its caller is gone."""
@@ -378,6 +470,46 @@ class Room:
         p.pushed, p.draining, p.spent_token = False, False, 0
         self.waiting[p.ticket.stage_id] = p
 
+    # -- the switch --------------------------------------------------------------------------------------------------
+    async def watch_switch(self) -> None:
+        """Learn what the operator allows. While Redis is away the last word holds, and one that comes back empty is told."""
+        try:
+            async with self._within_patience():
+                found = await self.queue.switch()
+                if self._switch_unread and found == Switch() != self.switch:
+                    await self.queue.set_switch(self.switch, if_lost=True)
+                else:
+                    self._obey(found)
+            self._switch_unread = False
+        except (QueueUnavailable, TimeoutError):  # the heartbeat notices too, and says so
+            self._switch_unread = True
+
+    def _obey(self, switch: Switch) -> None:
+        """Do as the operator says. Whoever waits for a grant that is not wanted any more leaves at once."""
+        before, news, self.switch = self.mode, switch != self.switch, switch
+        self.mode = min(self.settings.mode, switch.mode, key=lambda mode: mode.rank)
+        if self.mode is before:
+            if news and switch.mode is Mode.ON and not switch.at_rest:
+                log.warning("the switch of pool %r was %s", self.settings.pool, switch.reason)
+            return
+        then = {
+            Mode.ON: "Calls are ordered and routed again",
+            Mode.OBSERVE: "Calls go out as they are, and are measured",
+            Mode.OFF: "Calls go out as they are",
+        }[self.mode]
+        why = switch.told() or "nobody said why"
+        log.warning("the switch of pool %r is %s (%s). %s.", self.settings.pool, switch.mode, why, then)
+        if self.mode is not Mode.ON:
+            for p in list(self.waiting.values()):
+                self._bypass(p)
+
+    def _bypass(self, p: Pass) -> None:
+        """Let a pass that waits out, as its caller made it. The queue is told to forget it."""
+        p.mode = self.mode
+        if p.pushed:
+            self._spawn(functools.partial(self._say, self._cancel, p.ticket, draining=p.draining), ())
+        self._let_through(p, self.original(p))
+
     # -- Maestro is out ----------------------------------------------------------------------------------------------
     def _trouble(self, where: str, error: Exception, *, since_s: float) -> None:
         """The queue cannot be used: it is out, or it has a bug, which is as bad."""
@@ -398,11 +530,15 @@ class Room:
                 "closed": "Calls fail",
                 "original_url": "Calls go to their own URL",
             }[self.settings.on_outage]
-            log.warning("Maestro is out: %s %s (MAESTRO_ON_OUTAGE=%s).", why, then, self.settings.on_outage)
+            if self.settings.mode is Mode.OBSERVE:
+                log.warning("nothing is recorded in Redis for now: %s Your calls are not affected.", why)
+            else:
+                log.warning("Maestro is out: %s %s (MAESTRO_ON_OUTAGE=%s).", why, then, self.settings.on_outage)
 
     def _up(self) -> None:
         """Maestro is back: those that wait for room in this process go to the queue instead."""
         self._unled_since_s = self.down_since_s = None
+        self._told_dropping = False
         if self.told:
             self.told = False
             log.warning("Maestro is back.")
@@ -443,7 +579,7 @@ class Room:
         """Let a pass through to the known engine with fewest of ours, or to its own URL."""
         engines = [] if self.settings.on_outage == "original_url" else self._engines_for(p.ticket)
         busy = Counter(self.local.values())
-        engine = min(engines or [self._original(p)], key=lambda e: (busy[e.engine_id], e.engine_id))
+        engine = min(engines or [self.original(p)], key=lambda e: (busy[e.engine_id], e.engine_id))
         self.local[p.ticket.stage_id] = engine.engine_id
         self._let_through(p, engine)
 
@@ -454,7 +590,7 @@ class Room:
             token=0,
             epoch=0,
             kv_bytes=0,
-            priority=_priority(p.ticket),
+            priority=0 if engine.original else _priority(p.ticket),
             granted_at_s=self.clock.now_s(),
         )
         self._hand(p, grant, engine)
@@ -466,12 +602,54 @@ class Room:
         self._fill_locally()
         return True
 
+    # -- reports, on their caller's thread where nobody waits for what they free -------------------------------------------
+    def _own_queue(self) -> MemoryQueue | None:
+        """The queue, where it is this process's own and in order: what needs no waiting can then be said from any thread."""
+        led = self.scheduler is not None and self.ready.is_set() and self.down_since_s is None
+        return self.queue if led and self.alive and isinstance(self.queue, MemoryQueue) else None
+
+    def finish_at_once(self, p: Pass, grant: Grant, observation: Observation) -> bool:
+        """`finish`, from any thread. False: nothing has happened."""
+        queue = self._own_queue()
+        if queue is None or p.mode is not Mode.ON or self.held.get(grant.stage_id) is not p:
+            return False
+        if not queue.finish_at_once(observation, token=grant.token):
+            return False
+        self.held.pop(grant.stage_id, None)
+        if self.events is not None:
+            self.events.add(observation)
+        return True
+
+    def end_run_at_once(self, run: RunEnd) -> bool:
+        """`end_run`, from any thread. False: nothing has happened."""
+        queue = self._own_queue()
+        if queue is None or self.waiting:
+            return False
+        queue.end_run_at_once(run)
+        if self.events is not None:
+            self.events.add(run)
+        return True
+
     # -- reports -----------------------------------------------------------------------------------------------------
     async def finish(self, p: Pass, grant: Grant, observation: Observation) -> None:
         """Say that a stage ended, unless it was withdrawn before."""
-        if not self._end_locally(grant.stage_id) and self.held.pop(grant.stage_id, None) is p:
+        if p.mode is Mode.OFF:
+            return
+        if self.events is not None:
+            self.events.add(observation)
+        if p.mode is Mode.OBSERVE:
+            await self._record(observation)
+        elif not self._end_locally(grant.stage_id) and self.held.pop(grant.stage_id, None) is p:
             say = functools.partial(self.queue.finish, observation, token=grant.token)
             await self._say(lambda: say(now_s=observation.finished_at_s))
+
+    async def _record(self, observation: Observation) -> None:
+        """Hand over what was only measured. Without Redis and scheduler nobody would read it."""
+        await self.ready.wait()
+        if self.down_since_s is not None:
+            self._later(functools.partial(self.queue.observe, observation))
+        elif self.settings.redis_url or self.scheduler is not None:
+            await self._say(self.queue.observe, observation)
 
     async def requeue(self, p: Pass, grant: Grant, *, draining: bool, at_once: bool) -> None:
         """Say that a stage goes back into the queue, where it waits for its next grant."""
@@ -480,6 +658,9 @@ class Room:
         self.held.pop(t.stage_id, None)
         self.waiting[t.stage_id] = p  # before the queue may answer
         p.draining, p.spent_token = draining, grant.token
+        if self.mode is not Mode.ON:
+            self._bypass(p)
+            return
         if not at_once:
             await asyncio.sleep(RETRY_S)
         if grant.token and self._waits(p, t.stage_id):
@@ -515,6 +696,8 @@ class Room:
 
     async def end_run(self, run: RunEnd) -> None:
         """The run is over: wake whoever still waits for it, then tell the statistics."""
+        if self.events is not None:
+            self.events.add(run)
         for p in [p for p in self.waiting.values() if p.ticket.run_id == run.run_id]:
             p.ended = True
             _fail(p, RunGone())
@@ -540,6 +723,9 @@ class Room:
     def _later(self, report: Callable[[], Awaitable[Any]]) -> None:
         if len(self.unsent) < UNSENT_LIMIT:
             self.unsent.append(report)
+        elif not self._told_dropping:
+            self._told_dropping = True
+            log.warning("%d reports wait for the queue to come back: further ones are dropped.", UNSENT_LIMIT)
 
     async def _flush(self) -> None:
         """Tell the queue what it missed. Raises `QueueUnavailable`, and forgets nothing then."""
@@ -568,7 +754,7 @@ class Room:
         """Renew leases, notice outages and their ends, keep the fleet fresh."""
         began_s = time.monotonic()
         believed = {s: 0 for s, p in self.waiting.items() if p.queued}
-        believed |= {s: g.token for s, p in self.held.items() if (g := p.grant) is not None}
+        believed |= {s: g.token for s, p in tuple(self.held.items()) if (g := p.grant) is not None}
         try:
             async with self._within_patience():
                 if self.settings.redis_url:
@@ -577,7 +763,8 @@ class Room:
         except Exception as e:
             self._trouble("heartbeat", e, since_s=began_s)
         else:
-            self._judge(led=renewal.led, at_s=began_s)
+            needs_no_leader = self.settings.mode is Mode.OBSERVE
+            self._judge(led=renewal.led or needs_no_leader, at_s=began_s)
             await self._reconcile(believed, renewal)
         if self._out():
             for p in [p for s, p in self.waiting.items() if s not in self.local_queue]:
@@ -670,6 +857,19 @@ def _refusal(p: Pass, refusal: Refusal) -> MaestroError:
     return NoEngineFits(
         f"no engine for {t.model!r} could ever hold {t.prompt_tokens} prompt tokens + output of {t.role or 'this call'}"
     )
+
+
+def _turned_away(t: Ticket, verdict: Verdict | None) -> Refusal | None:
+    """The refusal of a full queue, where its caller would rather wait than be told."""
+    if isinstance(verdict, Refusal) and verdict.reason == "full" and not t.refuse_late:
+        return verdict
+    return None
+
+
+def _plain_url(url: str) -> str:
+    """A URL without what may be secret in it: name, password, query."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def _fail(p: Pass, error: BaseException) -> None:

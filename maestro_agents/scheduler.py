@@ -379,7 +379,8 @@ class Scheduler:
             self.workflows.end_run(entry)
             return
         self.roles.observe(entry)
-        self.speeds.observe(entry)
+        if not entry.observed:  # it was served by whom its caller chose, and waited there in nobody's order
+            self.speeds.observe(entry)
         self.workflows.observe(entry)
 
     # -- engines -----------------------------------------------------------------------------------------------------

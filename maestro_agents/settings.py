@@ -22,7 +22,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from maestro_agents.core import ServiceClass
+from maestro_agents.core import Mode, ServiceClass
 from maestro_agents.errors import ConfigError
 from maestro_agents.tomlfile import TomlFile, read_toml
 
@@ -81,9 +81,22 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9_.-]+$",
         description="The pool of GPUs that serves this app: one scheduler, one memory ledger, one trust domain.",
     )
-    mode: Literal["on", "off"] = Field(
-        default="on",
-        description="on: order and route calls. off: do nothing at all, every call goes out as if Maestro were not there.",
+    mode: Mode = Field(
+        default=Mode.ON,
+        description="on: order and route calls. observe: delay and change nothing, measure every call. "
+        "off: do nothing at all, every call goes out as if Maestro were not there.",
+    )
+    rollout: float = Field(
+        default=100.0,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="Percent of the runs that mode `on` orders and routes, chosen by their ids; the others are observed.",
+    )
+    events: Path | None = Field(
+        default=None,
+        description="File to which every call and every run of this process is appended when it ends, as one JSON line: "
+        "names and numbers, never text. Needs no Redis.",
     )
     on_outage: Literal["open", "closed", "original_url"] = Field(
         default="open",
@@ -94,7 +107,7 @@ class Settings(BaseSettings):
         default=120.0,
         gt=0,
         allow_inf_nan=False,
-        description="Longest wait of a call at the gate, in seconds; then WaitTooLong.",
+        description="Longest wait of a call at the gate, in seconds; then WaitTooLong, or QueueFull where the queue was full.",
     )
     local_concurrency: int = Field(
         default=8,
@@ -117,7 +130,9 @@ class Settings(BaseSettings):
         description="Seconds without an answer from the queue before on_outage applies.",
     )
     max_queue: int = Field(
-        default=10_000, ge=1, description="Stages that may wait for one model; more are refused with a retry time."
+        default=10_000,
+        ge=1,
+        description="Stages that may wait for one model; others try again until max_wait_s is used up, then QueueFull.",
     )
     service_class: ServiceClass = Field(
         default=ServiceClass.INTERACTIVE,

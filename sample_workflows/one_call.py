@@ -24,8 +24,10 @@ class State(TypedDict, total=False):
     answer: str
 
 
-def graph(model: str | None = None, base_url: str | None = None, max_tokens: int = 200) -> StateGraph[State]:
-    """The plain LangGraph app, without Maestro."""
+def graph(
+    model: str | None = None, base_url: str | None = None, max_tokens: int = 200, *, synchronous: bool = False
+) -> StateGraph[State]:
+    """The plain LangGraph app, without Maestro. ``synchronous``: its node holds a thread while it waits."""
     llm = ChatOpenAI(
         model=model or os.environ.get("MAESTRO_SAMPLE_MODEL", "gpt-4o-mini"),
         base_url=base_url or os.environ.get("OPENAI_BASE_URL"),
@@ -37,8 +39,11 @@ def graph(model: str | None = None, base_url: str | None = None, max_tokens: int
     async def ask(state: State) -> State:
         return {"answer": (await llm.ainvoke(state["question"])).text}
 
+    def ask_sync(state: State) -> State:
+        return {"answer": llm.invoke(state["question"]).text}
+
     builder = StateGraph(State)
-    builder.add_node("ask", ask)
+    builder.add_node("ask", ask_sync if synchronous else ask)
     builder.add_edge(START, "ask")
     builder.add_edge("ask", END)
     return builder

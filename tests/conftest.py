@@ -28,11 +28,17 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 @pytest.fixture(autouse=True)
-def no_seam_left() -> Iterator[None]:
-    """A test that put the gate around the SDK leaves none for the next."""
+def nothing_left() -> Iterator[None]:
+    """A test that put the gate around the SDK, or configured this process's client, leaves neither for the next."""
+    client = sys.modules.get("maestro_agents.client")
+    before = dict(client._overrides) if client else {}
     yield
     if (gate := sys.modules.get("maestro_langgraph.gate")) is not None:
         gate.uninstall()
+    if (client := sys.modules.get("maestro_agents.client")) is not None and client._overrides != before:
+        client._overrides.clear()
+        client._overrides.update(before)
+        client.Client.reset()
 
 
 @pytest.fixture(scope="session")

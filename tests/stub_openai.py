@@ -338,5 +338,14 @@ def watched_observations() -> Iterator[list[Observation]]:
         seen.append(observation)
         await finish(p, grant, observation)
 
+    at_once = room.finish_at_once
+
+    def spy_at_once(p: Pass, grant: Grant, observation: Observation) -> bool:
+        told = at_once(p, grant, observation)
+        if told:
+            seen.append(observation)
+        return told
+
     room.finish = spy  # type: ignore[method-assign]
+    room.finish_at_once = spy_at_once  # type: ignore[method-assign]
     yield seen

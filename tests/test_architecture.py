@@ -33,7 +33,7 @@ PORTS = (
 )
 THREE = ("maestro_agents.predict", "maestro_agents.policy", "maestro_agents.queue")
 FLEET = ("maestro_agents.fleet",)
-SPINE = ("maestro_agents.scheduler", "maestro_agents.room", "maestro_agents.client")
+SPINE = ("maestro_agents.events", "maestro_agents.scheduler", "maestro_agents.room", "maestro_agents.client")
 SIMULATOR = ("maestro_agents.simulator",)
 
 # A module (with all below it) -> what it may import of ours. The first line that matches a module counts. "= x" means
@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "maestro_agents.policy": (*PORTS, "maestro_agents.policy"),
     "maestro_agents.queue": (*PORTS, "maestro_agents.queue"),
     "maestro_agents.fleet": (*PORTS, *THREE),
+    "maestro_agents.events": ("maestro_agents.core", "maestro_agents.errors"),
     "maestro_agents.scheduler": (*PORTS, *THREE, *FLEET),
     "maestro_agents.room": (*PORTS, *THREE, *FLEET, *SPINE),
     "maestro_agents.client": (*PORTS, *THREE, *FLEET, *SPINE),
@@ -72,8 +73,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "rich": ("maestro_agents.cli*",),
     "langgraph": ("maestro_langgraph*", "maestro_agents._samples.*"),
     "langchain": ("maestro_langgraph*", "maestro_agents._samples.*"),
-    "langchain_core": ("maestro_langgraph*", "maestro_agents._samples.*"),
-    "langchain_openai": ("maestro_langgraph*", "maestro_agents._samples.*"),
+    "langchain_core": ("maestro_langgraph*", "maestro_agents._samples.*", "maestro_agents.cli.bench.matrix"),
+    "langchain_openai": ("maestro_langgraph*", "maestro_agents._samples.*", "maestro_agents.cli.bench.matrix"),
     "openai": ("maestro_langgraph*", "maestro_agents._samples.*"),
     "httpx": ("maestro_serving*", "maestro_langgraph.gate*"),
     "httpx2": ("maestro_langgraph.gate*",),
@@ -87,7 +88,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "ray": ("maestro_serving*",),
     "torch": (),
     "prometheus_client": ("maestro_serving*", "maestro_agents.cli.*"),
-    "pydantic": ("maestro_agents.settings", "maestro_agents.fleet", "maestro_serving*"),
+    "pydantic": ("maestro_agents.settings", "maestro_agents.fleet", "maestro_serving*", "maestro_agents._samples.*"),
     "pydantic_settings": ("maestro_agents.settings",),
 }
 

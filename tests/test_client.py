@@ -324,7 +324,7 @@ async def test_refusals_are_errors_that_say_why(tmp_path: Path) -> None:
         waits, task = a.waiter("waits", max_tokens=5)
         await until(a.depth)
         with pytest.raises(QueueFull, match="Retry after"):
-            await a.granted()
+            await a.granted(refuse_late=True)
         await a.ask(
             a.room.queue.refuse(Refusal(stage_id="waits", reason="operator", retry_after_s=0), waits.ticket, now_s=0)
         )

@@ -95,6 +95,7 @@ def command_line() -> Any:
 def wrong_words(line: str, command: Any) -> list[str]:
     """The words of a command line that its parser does not know; values are not looked at."""
     words = shlex.split(line, comments=True)[1:]
+    words = words[: words.index("--")] if "--" in words else words  # behind it stands somebody else's command
     while words and hasattr(command, "commands"):
         if words[0].startswith("-"):
             break

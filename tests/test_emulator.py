@@ -184,6 +184,55 @@ def test_after_a_tools_result_the_answer_is_text(http):
     assert "tool_calls" not in message
 
 
+def tool_call(choice):
+    (call,) = choice["message"]["tool_calls"]
+    return call["function"]["name"], json.loads(call["function"]["arguments"])
+
+
+def test_a_message_leads_several_agents_through_their_tools(http):
+    """Each named tool is called once, in order, with the arguments given; one that is not offered waits for who has it."""
+    ask = {"role": "user", "content": '[[tool=hand_over]] [[tool=look {"q": "tea"}]] [[tool=other]]'}
+    first = chat(http, messages=[ask], tools=[LOOK, OTHER]).json()["choices"][0]
+    assert tool_call(first) == ("look", {"q": "tea"})
+    result = {"role": "tool", "tool_call_id": first["message"]["tool_calls"][0]["id"], "content": "found"}
+    told = [ask, first["message"], result]
+    second = chat(http, messages=told, tools=[LOOK, OTHER]).json()["choices"][0]
+    assert tool_call(second)[0] == "other"
+    done = chat(http, messages=[*told, second["message"], {**result, "content": "seen"}], tools=[LOOK, OTHER])
+    assert done.json()["choices"][0]["message"]["content"]
+
+
+def test_a_named_tool_gets_the_arguments_of_its_directive(http):
+    """Forced tools listen to a directive too."""
+    forced = {"tools": [LOOK, OTHER], "tool_choice": {"type": "function", "function": {"name": "look"}}}
+    choice = chat(http, '[[tool=look {"q": "x", "n": 2}]]', **forced).json()["choices"][0]
+    assert tool_call(choice) == ("look", {"q": "x", "n": 2})
+
+
+def test_what_is_to_be_said_is_said(http):
+    """A workflow that branches on an answer can be led: the words, or the JSON of a schema."""
+    assert chat(http, "Route it. [[say=billing desk]]").json()["choices"][0]["message"]["content"] == "billing desk"
+    formed = chat(http, '[[say={"a": 1}]]', response_format={"type": "json_object"}).json()
+    assert formed["choices"][0]["message"]["content"] == '{"a": 1}'
+
+
+def test_the_ids_of_calls_change_no_answer(http):
+    """An id is nothing that a model reads: the same conversation has the same answer, whatever its calls were named."""
+
+    def answer(name):
+        call = {"id": name, "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        spoken = {"role": "assistant", "content": None, "tool_calls": [call]}
+        messages = [
+            {"role": "user", "content": "hi"},
+            spoken,
+            {"role": "tool", "tool_call_id": name, "content": "found"},
+        ]
+        body = chat(http, messages=messages, tools=[LOOK]).json()
+        return body["choices"][0]["message"]["content"], body["usage"]
+
+    assert answer("chatcmpl-tool-1") == answer("another-and-much-longer-id")
+
+
 class Ticket(BaseModel):
     """A structured answer as an app would ask for it."""
 

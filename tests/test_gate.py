@@ -450,7 +450,7 @@ def test_refusals_are_maestros_and_the_sdks_in_one() -> None:
         (QueueUnavailable("gone."), openai.APIConnectionError),
         (NoEngineFits("big."), openai.BadRequestError),
     ):
-        error = as_sdk_error(ours, client, "http://127.0.0.1:1/v1")
+        error = as_sdk_error(ours, httpx_of(client), "http://127.0.0.1:1/v1")
         assert isinstance(error, type(ours))
         assert isinstance(error, theirs)
         assert str(error) == str(ours)
@@ -460,7 +460,7 @@ def test_refusals_are_maestros_and_the_sdks_in_one() -> None:
 
 
 def test_a_full_queue_refuses_once_and_the_sdk_does_not_retry(servers: list[StubServer], tmp_path: Path) -> None:
-    """One slot taken and one place in the queue taken: the third call is refused at once, whatever its retries."""
+    """One slot taken and one place in the queue taken: who wants to be told early is, at once, whatever its retries."""
 
     async def main() -> None:
         client = async_client(servers[0], max_retries=5)
@@ -468,7 +468,7 @@ def test_a_full_queue_refuses_once_and_the_sdk_does_not_retry(servers: list[Stub
         await servers[1].wait_async(lambda s: len(s.requests) == 1)
         second = asyncio.create_task(ask_async(client, "second"))
         await until(lambda: waiting() == 1)
-        with pytest.raises(openai.RateLimitError) as e:
+        with pytest.raises(openai.RateLimitError) as e, maestro.options(refuse_late=True):
             await ask_async(client, "third")
         assert isinstance(e.value, QueueFull)
         servers[1].release()
@@ -563,7 +563,7 @@ async def test_a_synchronous_call_on_a_busy_loop_does_not_lock_it(
     [
         (call, "estimate_tokens"),
         (call, "stage_features"),
-        (call, "_heartbeat"),
+        (call, "_runtime"),
         (call, "take_caller"),
         (Client, "open"),
         (Pass, "wait"),

@@ -21,10 +21,11 @@ from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.errors import ParentCommand
+from langgraph.errors import GraphInterrupt, ParentCommand
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
+from maestro_agents.cli.demo_pass import sample
 from maestro_agents.client import Client
 from maestro_agents.core import RunEnd, ServiceClass, Ticket
 from maestro_agents.errors import RunGone
@@ -32,6 +33,7 @@ from maestro_langgraph import identity, maestro, quiet, runs
 from maestro_langgraph.graph import Workflow
 from maestro_langgraph.identity import MaestroHandler
 from maestro_langgraph.options import Options
+from maestro_serving.emulator import EmulatedModel, Emulator, EmulatorConfig
 from tests.stub_openai import StubServer, managed, stub_servers, until, waiting
 
 on_module_loop = pytest.mark.asyncio(loop_scope="module")
@@ -60,9 +62,9 @@ def tickets(monkeypatch: pytest.MonkeyPatch) -> list[Ticket]:
     seen: list[Ticket] = []
     inner = Client.open
 
-    def spy(self: Client, ticket: Ticket, *, original_url: str) -> Any:
+    def spy(self: Client, ticket: Ticket, **how: Any) -> Any:
         seen.append(ticket)
-        return inner(self, ticket, original_url=original_url)
+        return inner(self, ticket, **how)
 
     monkeypatch.setattr(Client, "open", spy)
     return seen
@@ -245,6 +247,52 @@ def test_the_graphs_own_handler_knows_more_than_the_process_wide_one(ends: list[
     assert runs.live() == 0
 
 
+CONSTRUCTS = sorted(p.stem for p in (Path(__file__).parent.parent / "sample_workflows/constructs").glob("[!_]*.py"))
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[str]:
+    """An engine that calls tools when it is asked to; its URL."""
+    with Emulator(EmulatorConfig(models=(EmulatedModel(name="stub"),), speed=100)) as engine:
+        yield engine.url
+
+
+@on_module_loop
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("construct", CONSTRUCTS)
+async def test_in_every_construct_all_calls_are_known_as_one_runs(
+    tickets: list[Ticket],
+    ends: list[RunEnd],
+    emulator: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    construct: str,
+    *,
+    is_async: bool,
+) -> None:
+    """Agents, handovers, agents in tools, tasks, batches, sub-graphs, retries, pauses: one run, one workflow, one set of terms."""
+    for name, value in (("OPENAI_BASE_URL", emulator), ("OPENAI_API_KEY", "k"), ("MAESTRO_SAMPLE_MODEL", "stub")):
+        monkeypatch.setenv(name, value)
+    module = sample(f"constructs.{construct}")
+    with managed(tmp_path, {"a": emulator}, slots=8):
+        graph = module.build(lambda **o: ChatOpenAI(model="stub", max_retries=0, **o), is_async=is_async)
+        maestro.wrap(graph, service_class="batch", tenant="acme", deadline_s=77)
+        given = [module.INPUT, *([module.RESUME] if hasattr(module, "RESUME") else [])]
+        config: Any = {"configurable": {"thread_id": construct}}
+        for said in given:
+            await graph.ainvoke(said, config) if is_async else graph.invoke(said, config)
+        assert tickets
+        assert all(t.node and t.role for t in tickets)
+        assert len({t.run_id for t in tickets}) == len({t.workflow for t in tickets}) == 1
+        assert tickets[0].run_id
+        assert tickets[0].workflow
+        assert {(t.service_class, t.tenant) for t in tickets} == {(ServiceClass.BATCH, "acme")}
+        assert all(t.deadline_at_s - t.run_started_at_s == pytest.approx(77, abs=0.01) for t in tickets)
+        assert [e.outcome for e in ends] == ["paused"] * (len(given) - 1) + ["done"]
+        assert {e.run_id for e in ends} == {tickets[0].run_id}
+        await until(lambda: runs.live() == waiting() == 0)
+
+
 # -- terms of a run ----------------------------------------------------------------------------------------------------
 def test_class_deadline_and_tenant_are_the_runs(tickets: list[Ticket], llm: ChatOpenAI) -> None:
     """Options of the graph hold for all its calls; the deadline is one moment, counted from the run's start."""
@@ -300,7 +348,7 @@ def test_without_a_word_the_settings_decide(tickets: list[Ticket], llm: ChatOpen
 
 # -- how runs end ------------------------------------------------------------------------------------------------------
 def test_how_a_run_ended_is_told(ends: list[RunEnd], llm: ChatOpenAI) -> None:
-    """Done, error and paused are told apart; a resumed run is a new one; a handover is no failure."""
+    """Done, error and paused are told apart; a resumed run is the same one; a handover is no failure."""
 
     def ask(state: State) -> State:
         llm.invoke("x")
@@ -326,7 +374,7 @@ def test_how_a_run_ended_is_told(ends: list[RunEnd], llm: ChatOpenAI) -> None:
     parent.add_edge(START, "sub")
     assert maestro.wrap(parent.compile()).invoke({"q": ""})["out"] == "after"
     assert [e.outcome for e in ends] == ["paused", "done", "error", "done"]
-    assert ends[0].run_id != ends[1].run_id
+    assert ends[0].run_id == ends[1].run_id != ends[2].run_id
     assert all(e.started_at_s <= e.ended_at_s for e in ends)
     assert runs.live() == 0
 
@@ -483,16 +531,23 @@ def test_ten_thousand_runs_leave_nothing_behind() -> None:
     handler = MaestroHandler()
     for n in range(10_000):
         root, node, leaf = uuid4(), uuid4(), uuid4()
-        handler.on_chain_start(None, {}, run_id=root, name="g")
-        handler.on_chain_start(None, {}, run_id=node, parent_run_id=root)
+        thread = {"thread_id": str(n % 100)}
+        said = thread | {"langgraph_node": "n", "langgraph_checkpoint_ns": f"n:{node}", "langgraph_step": 1}
+        handler.on_chain_start(None, {}, run_id=root, name="g", metadata=thread)
+        handler.on_chain_start(
+            None, {}, run_id=node, parent_run_id=root, name="n", metadata=said, tags=["graph:step:1"]
+        )
         handler.on_tool_start(None, "", run_id=leaf, parent_run_id=node)
         if n % 3:
             handler.on_tool_end("", run_id=leaf)
             handler.on_chain_error(ParentCommand(Command()), run_id=node)
             handler.on_chain_end({}, run_id=root)
         else:
+            if n % 2:
+                handler.on_chain_error(GraphInterrupt(), run_id=node, parent_run_id=root)
             handler.on_chain_error(asyncio.CancelledError(), run_id=root)
     assert runs.live() == 0
+    assert 0 < runs.paused() <= 100  # at most one a thread
     assert len(runs._orphans) <= runs.MAX_ORPHANS
     runs.clear()
 

@@ -73,7 +73,8 @@ def test_the_wheel_holds_every_source(wheel: Path) -> None:
         for path in (home / package).rglob("*")
         if path.suffix in (".py", ".lua", ".json", ".jsonl", ".typed")
     }
-    samples = {f"maestro_agents/_samples/{p.name}" for p in (ROOT / "sample_workflows").glob("*.py")}
+    folder = ROOT / "sample_workflows"
+    samples = {f"maestro_agents/_samples/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.py")}
     assert any(n.endswith(".lua") for n in expected)
     assert samples
     assert (expected | samples) - names(wheel) == set()
@@ -87,7 +88,7 @@ def test_the_wheel_names_its_licence_and_its_command(wheel: Path) -> None:
     assert "maestro = maestro_agents.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    assert {"dev", "ray", "vllm"} == {
+    assert {"dev", "matrix", "ray", "vllm"} == {
         line.removeprefix("Provides-Extra: ") for line in metadata.splitlines() if line.startswith("Provides-Extra")
     }
 

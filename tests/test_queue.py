@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 from collections.abc import AsyncIterator
 
 import pytest
 
-from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, ServiceClass, Status, Ticket
+from maestro_agents.core import (
+    EngineSpec,
+    Grant,
+    Mode,
+    Observation,
+    Refusal,
+    RunEnd,
+    ServiceClass,
+    Status,
+    Switch,
+    Ticket,
+)
 from maestro_agents.ports import Queue
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.queue.redis import RedisQueue
@@ -414,3 +426,32 @@ async def test_a_cancelled_reader_ends_though_its_answer_came_at_the_same_moment
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
+
+
+async def test_what_is_only_observed_is_in_the_log_and_nowhere_else(queue: Queue) -> None:
+    """An observation without a stage is read back as it was said; nothing is reserved, nothing waits."""
+    seen = dataclasses.replace(done(ticket("s"), "m@http://own/v1"), observed=True, output_estimated=True)
+    await queue.observe(seen)
+    _, entries = await queue.read_log("", 10)
+    assert list(entries) == [seen]
+    assert await empty(queue)
+    assert await queue.depth("m") == 0
+
+
+async def test_the_switch_stays_as_it_was_turned(queue: Queue) -> None:
+    """Mode, who, when and why are read back; a pool whose switch nobody turned is on."""
+    assert await queue.switch() == Switch()
+    for mode in (Mode.OFF, Mode.OBSERVE, Mode.ON):
+        turned = Switch(mode=mode, by="alice@host", at_s=1_790_000_000.5, reason="slow since noon: see the log")
+        await queue.set_switch(turned)
+        assert await queue.switch() == turned
+
+
+async def test_a_switch_that_was_lost_is_put_back_and_one_that_was_turned_is_not(queue: Queue) -> None:
+    """What a client knew comes after whatever an operator said since, also that it is on again."""
+    known = Switch(mode=Mode.OFF, by="app")
+    await queue.set_switch(known, if_lost=True)
+    assert await queue.switch() == known
+    await queue.set_switch(Switch(by="alice"))
+    await queue.set_switch(known, if_lost=True)
+    assert await queue.switch() == Switch(by="alice")

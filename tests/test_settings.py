@@ -61,7 +61,7 @@ def test_empty_variable_is_unset_and_empty_argument_undoes_the_environment(monke
         ("DEADLINE_S", "-20", "MAESTRO_DEADLINE_S: deadline_s = '-20': input should be greater than 0"),
         ("LOCAL_CONCURRENCY", "0", "MAESTRO_LOCAL_CONCURRENCY: local_concurrency = '0': input should be greater than"),
         ("MAX_QUEUE", "many", "MAESTRO_MAX_QUEUE: max_queue = 'many': input should be a valid integer"),
-        ("MODE", "onn", "MAESTRO_MODE: mode = 'onn': input should be 'on' or 'off'"),
+        ("MODE", "onn", "MAESTRO_MODE: mode = 'onn': input should be 'on', 'observe' or 'off'"),
         ("SERVICE_CLASS", "bulk", "MAESTRO_SERVICE_CLASS: service_class = 'bulk': input should be 'interactive' or"),
         ("POOL", "a b", "MAESTRO_POOL: pool = 'a b': string should match pattern"),
         ("REDIS_URL", "http://x", "MAESTRO_REDIS_URL: redis_url = 'http://x': a Redis URL starts with redis://"),

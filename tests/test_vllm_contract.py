@@ -463,9 +463,13 @@ async def idle(client):
 
 @pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])
 async def test_who_waits_is_served_by_priority_then_arrival(pair, which):
-    """Lower first, ties by arrival, None of it displacing whoever runs; the header wins over the body."""
+    """Lower first, ties by arrival, None of it displacing whoever runs; the header wins over the body.
+
+    What each is told of its own time: waiting counts as queue time and in nothing else.
+    """
     client = pair.clients[which]
     order: list[int] = []
+    told: list[dict[str, float]] = []
     waiting = [(5, {}), (0, {}), (-5, {}), (5, {}), (3, {}), (-2, {}), (0, {}), (9, {"X-Vllm-Priority": "-7"})]
 
     async def wait_in_line(http, n, priority, headers):
@@ -473,6 +477,7 @@ async def test_who_waits_is_served_by_priority_then_arrival(pair, which):
         answer = await http.post("/v1/completions", json=content, headers=headers)
         assert answer.status_code == 200
         order.append(n)
+        told.append(answer.json()["metrics"])
 
     async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
         first = body("/v1/completions", max_tokens=LONG, min_tokens=LONG, ignore_eos=True, priority=100)
@@ -486,6 +491,7 @@ async def test_who_waits_is_served_by_priority_then_arrival(pair, which):
             running.cancel()  # the first is abandoned: now the others have their turn
     effective = [int(h.get("X-Vllm-Priority", p)) for p, h in waiting]
     assert order == sorted(range(len(waiting)), key=lambda n: (effective[n], n))
+    assert told[-1]["time_to_first_token_ms"] < told[-1]["queue_time_ms"]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])

@@ -131,6 +131,7 @@ def app(url: str, model: str = "tiny", **options: Any) -> CompiledStateGraph[Any
             ["queue", "cancel", "a", "--yes", "--redis-url", NO_REDIS], "Run `maestro doctor`", id="queue cancel"
         ),
         pytest.param(["up", "fleet.toml", "--redis-url", NO_REDIS], "Start it, or name none", id="up"),
+        pytest.param(["switch", "off", "--redis-url", NO_REDIS], "Apps keep the last switch they saw", id="switch"),
     ],
 )
 def test_no_redis_at_the_url(run: Run, words: list[str], says: str) -> None:
@@ -140,7 +141,7 @@ def test_no_redis_at_the_url(run: Run, words: list[str], says: str) -> None:
     refused((said[0], said[1], said[2].replace("[Errno 61]", "[Errno 111]")), says)
 
 
-@pytest.mark.parametrize("words", [["top", "--once"], ["queue", "ls"], ["queue", "show", "a"]])
+@pytest.mark.parametrize("words", [["top", "--once"], ["queue", "ls"], ["queue", "show", "a"], ["switch"]])
 def test_no_redis_named(run: Run, words: list[str]) -> None:
     """Without a URL there is nothing to look at, and the line says where one comes from."""
     refused(run(*words), "which Redis? Set MAESTRO_REDIS_URL or --redis-url (`maestro up` prints it)")
@@ -224,7 +225,9 @@ def test_a_maestro_toml_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("MODE", "observe", "mode = 'observe': input should be 'on' or 'off'"),
+        ("MODE", "loud", "mode = 'loud': input should be 'on', 'observe' or 'off'"),
+        ("ROLLOUT", "110", "rollout = '110': input should be less than or equal to 100"),
+        ("ROLLOUT", "half", "rollout = 'half': input should be a valid number"),
         ("ON_OUTAGE", "fail", "on_outage = 'fail': input should be 'open', 'closed' or 'original_url'"),
         ("DEADLINE_S", "-20", "deadline_s = '-20': input should be greater than 0"),
         ("MAX_WAIT_S", "0", "max_wait_s = '0': input should be greater than 0"),
@@ -253,6 +256,7 @@ def test_a_wrong_variable(run: Run, monkeypatch: pytest.MonkeyPatch, name: str, 
         (["demo", "--input", "cut.jsonl.gz"], "--input cut.jsonl.gz: "),
         (["demo", "--input", "empty.jsonl", "--png", "no/such/place.png"], "empty.jsonl: no message in it"),
         (["demo", "--png", "no/such/place.png"], "no/such/place.png: there is no folder no/such"),
+        (["switch", "--reason", "x", "--redis-url", NO_REDIS], "a reason for what? `maestro switch off --reason TEXT`"),
         (["bench", "order", "--engine", "sglang"], "--engine 'sglang': emulator or vllm"),
         (["bench", "order", "--engine", "vllm"], "MAESTRO_VLLM_MODEL must name the folder of a small model for vLLM"),
         (["bench", "faults", "--kind", "fire"], "--kind 'fire': one of app, scheduler, engine, redis"),
@@ -400,7 +404,8 @@ def test_an_app_without_its_redis_is_answered(
     ("name", "value", "says"),
     [
         ("REDIS_URL", "http://127.0.0.1", "MAESTRO_REDIS_URL: redis_url = 'http://127.0.0.1': a Redis URL starts with"),
-        ("MODE", "observe", "MAESTRO_MODE: mode = 'observe': input should be 'on' or 'off'"),
+        ("MODE", "loud", "MAESTRO_MODE: mode = 'loud': input should be 'on', 'observe' or 'off'"),
+        ("ROLLOUT", "-1", "MAESTRO_ROLLOUT: rollout = '-1': input should be greater than or equal to 0"),
         ("FLEET", "none.toml", "none.toml: there is no such file"),
         ("CONFIG", "none.toml", "none.toml: there is no such file"),
     ],

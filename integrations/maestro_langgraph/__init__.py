@@ -9,17 +9,35 @@
 
 How it works, module by module:
 
-- `attach`: `maestro` itself, on a graph, a builder or the process; `options`: what the code can say, checked.
-- `graph`: fingerprint and first guess of a graph; `runs`: the runs of this process; `identity`: who makes a call.
-- `gate`: the seam in the OpenAI SDK; `call`: one call's way through it; `refusals`: our errors in the SDK's classes.
+- `attach`: `maestro` itself, on a graph, a builder, the process or a model; `options`: what the code can say, checked.
+- `models`: one chat model, without a patch; `middleware`: the same for an agent; `bootstrap`: `maestro run`.
+- `graph`: fingerprint and first guess of a graph, what runs showed of it;
+  `runs`: the runs of this process; `identity`: who makes a call.
+- `adopted`: runs of graphs that nobody watches.
+- `gate`: the seam in the OpenAI SDK; `transport`, `limiter`: the same for one model; `call`: one call's way through them.
+- `refusals`: our errors in the SDK's classes.
 - `engines`: our own clients, so that nothing of the caller's reaches an engine; `stream`: answers, watched as they pass.
 - `quiet`: a bug of ours never breaks the user's graph.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from maestro_langgraph.attach import Maestro
 
-__all__ = ["Maestro", "maestro"]
+if TYPE_CHECKING:
+    from maestro_langgraph.middleware import MaestroMiddleware
+
+__all__ = ["Maestro", "MaestroMiddleware", "maestro"]
 
 maestro = Maestro()
+
+
+def __getattr__(name: str) -> object:
+    """The middleware on first use: it needs ``langchain``, which not every app has."""
+    if name == "MaestroMiddleware":
+        from maestro_langgraph.middleware import MaestroMiddleware
+
+        return MaestroMiddleware
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

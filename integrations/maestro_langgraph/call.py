@@ -1,30 +1,41 @@
-"""One LLM call on its way through the gate: its ticket, its pass, its request, its end."""
+"""One LLM call on its way: its ticket, its pass, its request, its end.
+
+What the request looks like is a subclass's business: `gate` has the SDK's method, `transport` an HTTP request, `limiter`
+none at all. One call is served once: whatever of ours it meets on its way down lets it pass (`opened`).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, Final, cast
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, Final, TypeVar, cast
+from uuid import UUID
 from weakref import WeakKeyDictionary, WeakSet
 
 import openai
 from langgraph.runtime import get_runtime
-from openai._models import FinalRequestOptions
 
 from maestro_agents.client import Client, Pass
-from maestro_agents.core import EngineSpec, Ticket
+from maestro_agents.core import EngineSpec, Mode, Ticket
 from maestro_agents.errors import MaestroError, NoEngineFits, RunGone
 from maestro_agents.predict.features import estimate_tokens, max_output_tokens, stage_features
-from maestro_langgraph import engines
-from maestro_langgraph.identity import Caller, take_caller
-from maestro_langgraph.options import options_now
+from maestro_langgraph import adopted
+from maestro_langgraph.identity import Caller, role_of, take_caller
+from maestro_langgraph.options import Options, options_now, said_of_model
 from maestro_langgraph.quiet import quietly, tell_once, warn_once
-from maestro_langgraph.refusals import as_sdk_error, httpx_of
+from maestro_langgraph.refusals import as_sdk_error
 from maestro_langgraph.runs import Run, terms
 from maestro_langgraph.stream import Usage, http_response, tap, unread_response
+
+_T = TypeVar("_T")
+_C = TypeVar("_C", bound="Call")
 
 _BUSY: Final = frozenset({429, 503})
 _RETRYABLE: Final = frozenset({408, 409, 500, 502, 504})
@@ -37,8 +48,26 @@ _on_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakSet[Call]] = WeakKeyD
 """Asynchronous calls that wait or are being answered, by the loop they live on."""
 
 
+_served: ContextVar[bool] = ContextVar("maestro_served", default=False)
+
+
+@contextmanager
+def _serving() -> Generator[None]:
+    """What leaves in this context now belongs to a call that has its grant already."""
+    token = _served.set(True)
+    try:
+        yield
+    finally:
+        _served.reset(token)
+
+
+limited: dict[UUID, Call] = {}
+"""Calls that hold a grant while a client that is not ours makes the request, by their callback id (`limiter`)."""
+
+
 def _clear() -> None:
     _answered_by.clear()
+    limited.clear()
     _on_loop.clear()
 
 
@@ -47,20 +76,37 @@ if hasattr(os, "register_at_fork"):
 
 
 class Call:
-    """One LLM call on its way through the gate."""
+    """One LLM call on its way through the gate. ``httpx`` is the HTTP module that the caller's client is built on;
+    None where no error of the SDK is ever made of ours.
 
-    def __init__(self, sdk_client: Any, options: FinalRequestOptions, suffix: str, *, is_async: bool) -> None:
-        self.sdk_client = sdk_client
-        self.options = options
+    ``model_options`` is what was said of the model itself (`maestro.wrap_model`). It holds where nobody says more.
+    """
+
+    def __init__(
+        self,
+        body: dict[str, Any],
+        *,
+        suffix: str,
+        url: str,
+        httpx: ModuleType | None,
+        retries: int,
+        is_async: bool,
+        model_options: Options | None = None,
+    ) -> None:
+        self.body = body
         self.suffix = suffix
-        self.url = str(sdk_client.base_url)
-        self.body = _body(options)
+        self.url = url
+        self.httpx: Any = httpx
         self.caller: Caller = take_caller()
+        self.model_options = model_options or said_of_model(self.caller.llm_run)
+        if self.caller.run is None and self.model_options is not None:
+            self.caller.run = adopted.find(self.model_options, self)
+            self.caller.role = role_of(self.caller.role, self.model_options.agent or "")
         self.client = Client.current()
-        self.beat = _heartbeat()
+        self.beat, self.node_attempt = _runtime()
         self.engine: EngineSpec | None = None
         self.last_error: Exception | None = None
-        self.retries_left = options.get_max_retries(sdk_client.max_retries)
+        self.retries_left = retries
         self.ended = False
         self.pass_: Pass | None = None
         self.blocks_loop = _meets_loop(self, is_async=is_async)
@@ -69,20 +115,23 @@ class Call:
     def run(self) -> Run | None:
         """The run that owns the call; None for an anonymous one, or one left behind by a run that ended well."""
         run = self.caller.run
-        return None if run is not None and run.outcome == "done" else run
+        return None if run is not None and run.left_behind else run
 
     def open(self) -> bool:
         """Push the stage. False: it is none of ours. Raises `RunGone` where the run ended while we came."""
         run = self.run
-        if run is not None and run.outcome:
+        key = (run.thread or run.run_id) if run is not None else ""
+        if self.client.mode is Mode.OFF:
+            return False
+        if run is not None and run.outcome and self.client.mode_of(key) is Mode.ON:
             raise RunGone
         ticket = self._ticket(run)
-        self.pass_ = self.client.open(ticket, original_url=self.url)
+        self.pass_ = self.client.open(ticket, original_url=self.url, key=key)
         if self.pass_ is None:
             if run is not None:
                 run.stages -= 1
             return False
-        if run is not None and run.outcome and run.outcome != "done":
+        if run is not None and run.outcome and not run.left_behind and self.pass_.mode is Mode.ON:
             self.cancel()
             raise RunGone
         return True
@@ -97,10 +146,11 @@ class Call:
             if run.workflow is not None:
                 self.client.describe(run.workflow.fingerprint, run.workflow.spec)
         else:
-            options, owner = options_now(), None
+            options, owner = options_now(self.model_options or Options()), None
             service_class, deadline_s, tenant = terms(options, self.client.settings)
             deadline_at_s = now_s + deadline_s
         previous = self.body.get("previous_response_id")
+        visit, replayed = owner.visit(caller.node, caller.task) if owner else (0, False)
         return Ticket(
             stage_id=uuid.uuid4().hex,
             client_id=self.client.client_id,
@@ -116,8 +166,12 @@ class Call:
             pushed_at_s=now_s,
             prompt_tokens=estimate_tokens(self.body),
             max_tokens=max_output_tokens(self.body),
-            visit=owner.visit(caller.node) if owner else 0,
+            visit=visit,
             step=caller.step,
+            siblings=owner.siblings(caller.task, caller.node) if owner else 0,
+            node_attempt=self.node_attempt,
+            replayed=replayed,
+            limit_at_s=now_s + owner.limit_s(caller.task) if owner else math.inf,
             nested=self.blocks_loop or bool(owner and owner.holds_stream(caller.task)),
             pinned_engine=_answered_by.get(previous, "") if isinstance(previous, str) else "",
             refuse_late=bool(options.refuse_late),
@@ -146,9 +200,12 @@ class Call:
 
     def _granted(self, engine: EngineSpec) -> EngineSpec:
         run = self.run
-        if run is not None and run.outcome:
+        managed = cast("Pass", self.pass_).mode is Mode.ON
+        if run is not None and run.outcome and managed:
             self.cancel()
             raise RunGone
+        if run is not None and not managed:
+            run.observed = True
         self.engine = engine
         return engine
 
@@ -163,24 +220,87 @@ class Call:
             self.cancel()
             if self.last_error is not None and isinstance(error, NoEngineFits):
                 raise self.last_error from None  # every engine was tried: what the last one said stands
-            raise as_sdk_error(error, self.sdk_client, self.url) from None
+            raise self.refusal(error) from None
         else:
             warn_once("the gate", error)
         self.cancel()
         return False
 
+    def refusal(self, error: MaestroError) -> MaestroError:
+        """A refusal as the caller's handlers know it."""
+        return as_sdk_error(error, self.httpx, self.url)
+
     # -- sending -----------------------------------------------------------------------------------------------------
-    def outgoing(self) -> Any:
-        """The request as the engine gets it, and a note that it leaves now."""
+    def serve(self, send: Callable[[], Any]) -> Any:
+        """Wait, send, and watch the answer; on another engine where one fails before its first byte.
+
+        ``send`` sends to `engine` (to the call's own URL where `to_original`) and returns what the caller gets, or raises
+        the SDK's own error. Whatever ends this method ends the stage, or leaves its end to the answer that streams.
+        """
+        try:
+            while True:
+                self.wait()
+                try:
+                    with _serving():
+                        result = send()
+                    stream = self.watch(result, is_async=False)
+                    if stream is not None:
+                        if not self.to_original:
+                            self._prime(stream)
+                        self.reading()
+                except Exception as e:
+                    if not self.again(e):
+                        raise
+                else:
+                    return result
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def serve_async(self, send: Callable[[], Awaitable[Any]]) -> Any:
+        """The same on an event loop."""
+        try:
+            while True:
+                await self.wait_async()
+                try:
+                    with _serving():
+                        result = await send()
+                    stream = self.watch(result, is_async=True)
+                    if stream is not None:
+                        if not self.to_original:
+                            await self._prime_async(stream)
+                        self.reading()
+                except Exception as e:
+                    if not self.again(e):
+                        raise
+                else:
+                    return result
+        except BaseException:
+            self.cancel()
+            raise
+
+    def prepare(self, make: Callable[[EngineSpec], _T]) -> _T | None:
+        """What ``make`` makes for the granted engine, to be sent now; None where it goes as the caller made it."""
+        made: _T | None = None
+        if not self.to_original:
+            try:
+                made = make(cast("EngineSpec", self.engine))
+            except Exception as e:  # e.g. an engine URL that no client takes
+                warn_once("preparing a request", e)
+                self.cancel()
+                self.engine = None
+                return None
+        self.sent()
+        return made
+
+    def added(self) -> dict[str, Any]:
+        """What an engine gets in the body beside what the caller said."""
         engine, pass_ = cast("EngineSpec", self.engine), cast("Pass", self.pass_)
-        own: dict[str, Any] = {"priority": pass_.grant.priority if pass_.grant else 0}
+        own: dict[str, Any] = {"model": engine.served_model} if engine.served_model else {}
+        own["priority"] = pass_.grant.priority if pass_.grant else 0
         if self.adds_usage:
             own["stream_options"] = {**(self.body.get("stream_options") or {}), "include_usage": True}
-        given = self.options.timeout
-        timeout = self.sdk_client.timeout if isinstance(given, openai.NotGiven) else given
-        sent = engines.outgoing(self.options, engine, suffix=self.suffix, timeout=timeout, extra=own)
-        self.sent()
-        return sent
+        return own
 
     def sent(self) -> None:
         with quietly("noting a request"):
@@ -245,9 +365,22 @@ class Call:
         if run is not None and self.caller.task and not self.ended:
             run.open_streams[self] = self.caller.task
 
-    def broken(self, error: Exception) -> Exception:
-        """The SDK's error for a stream that broke before its first byte."""
-        request = httpx_of(self.sdk_client).Request("POST", self.url)
+    def _prime(self, stream: Any) -> None:
+        """Wait for the first bytes of a stream, so that an engine that dies before them costs the caller nothing."""
+        try:
+            stream.prime()
+        except Exception as e:
+            raise self.broken(e) from e
+
+    async def _prime_async(self, stream: Any) -> None:
+        try:
+            await stream.prime()
+        except Exception as e:
+            raise self.broken(e) from e
+
+    def broken(self, error: Exception) -> openai.APIConnectionError:
+        """The SDK's error for a request or a stream that broke before its first byte."""
+        request = self.httpx.Request("POST", self.url)
         if "Timeout" in type(error).__name__:
             return openai.APITimeoutError(request=request)
         return openai.APIConnectionError(request=request)
@@ -261,19 +394,24 @@ class Call:
         if self.ended:
             return
         self.ended = True
-        with quietly("finishing a stage"):
+        try:
             self._forget_stream()
             if usage.response_id and self.engine is not None and not self.engine.original:
                 _remember(usage.response_id, self.engine.engine_id)
             cast("Pass", self.pass_).finish(
                 ok=ok,
                 prompt_tokens=usage.prompt_tokens,
-                output_tokens=usage.output_tokens,
+                output_tokens=usage.output_tokens or usage.content_events,
+                output_estimated=not usage.output_tokens and usage.content_events > 0,
                 cached_tokens=usage.cached_tokens,
                 tool_calls=usage.tool_calls,
                 engine_queue_s=usage.engine_queue_s,
                 engine_ttft_s=usage.engine_ttft_s,
             )
+        except Exception as e:  # ours
+            warn_once("finishing a stage", e)
+            with quietly("dropping a stage"):
+                cast("Pass", self.pass_).drop()
 
     def cancel(self) -> None:
         """Withdraw the stage, wherever it is. After an end it does nothing."""
@@ -289,6 +427,22 @@ class Call:
         _leave_loop(self)
         if self.caller.run is not None:
             self.caller.run.open_streams.pop(self, None)
+            adopted.seen(self.caller.run)
+
+
+def opened(make: Callable[[], _C | None]) -> _C | None:
+    """Make a call and open its stage. None: it is none of ours, or is served already, and should just go on."""
+    try:
+        call = None if _served.get() else make()
+        if call is None or call.caller.llm_run in limited:
+            return None
+        if isinstance(call.body.get("model"), str) and call.body["model"] and call.open():
+            return call
+    except RunGone:
+        raise
+    except Exception as e:  # a bug of ours, or a setting that cannot be read: told once, and the call goes on
+        warn_once("the gate", e)
+    return None
 
 
 def _meets_loop(call: Call, *, is_async: bool) -> bool:
@@ -316,11 +470,6 @@ def _leave_loop(call: Call) -> None:
         calls.discard(call)
 
 
-def _body(options: FinalRequestOptions) -> dict[str, Any]:
-    """The body as it would leave: ``extra_body`` wins over the arguments."""
-    return {**cast("dict[str, Any]", options.json_data), **cast("Mapping[str, Any]", options.extra_json or {})}
-
-
 def _answer(result: object) -> Mapping[str, Any]:
     response = http_response(result)
     if response is not None:
@@ -344,15 +493,17 @@ def _remember(response_id: str, engine_id: str) -> None:
         _answered_by.popitem(last=False)
 
 
-def _heartbeat() -> Callable[[], None] | None:
-    """LangGraph's sign of life for the node that waits: queueing must not look like idling."""
+def _runtime() -> tuple[Callable[[], None] | None, int]:
+    """What LangGraph says of the node that calls: a sign of life to give (queueing must not look like idling), its try."""
     try:
-        beat = get_runtime().heartbeat
-    except Exception:  # not in a graph
-        return None
+        runtime = get_runtime()
+        beat = runtime.heartbeat
+        attempt = runtime.execution_info.node_attempt if runtime.execution_info else 1
+    except Exception:  # not in a graph, or an older LangGraph
+        return None, 1
 
     def guarded() -> None:
         with quietly("the heartbeat"):
             beat()
 
-    return guarded
+    return guarded, attempt

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, Final, TypeVar, cast
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import openai
@@ -19,6 +21,8 @@ from openai._models import FinalRequestOptions
 
 from maestro_agents.core import EngineSpec
 
+PATHS: Final = ("/chat/completions", "/completions", "/responses")
+"""What Maestro manages, below the URL of an engine or a provider."""
 MAX_CLIENTS: Final = 256
 NO_KEY: Final = "EMPTY"
 _HEADERS: Final = frozenset({"accept", "content-type"})
@@ -29,14 +33,21 @@ _HEADER_PREFIXES: Final = (
 
 _Key = tuple[str, str]
 _Client = TypeVar("_Client", openai.OpenAI, openai.AsyncOpenAI)
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 _sync: dict[_Key, openai.OpenAI] = {}
 _async: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, openai.AsyncOpenAI]] = WeakKeyDictionary()
+
+_http: dict[str, Any] = {}
+_async_http: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Any]] = WeakKeyDictionary()
 
 
 def _clear() -> None:
     # the parent's sockets are the parent's: forget them without closing
     _sync.clear()
     _async.clear()
+    _http.clear()
+    _async_http.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -55,18 +66,22 @@ def sync_client(engine: EngineSpec) -> openai.OpenAI:
 
 def async_client(engine: EngineSpec) -> openai.AsyncOpenAI:
     """Return the running loop's client for an engine."""
-    loop = asyncio.get_running_loop()
-    if loop not in _async:
-        for ended in [known for known in tuple(_async) if known.is_closed()]:
-            _async.pop(ended, None)  # pooled sockets would keep a closed loop alive
-        _async[loop] = {}
-    clients = _async[loop]
+    clients = _on_this_loop(_async)
     key = _key(engine)
     client = clients.get(key)
     if client is None:
         _bound(clients)
         client = clients[key] = _strip(openai.AsyncOpenAI(base_url=engine.url, api_key=key[1], max_retries=0))
     return client
+
+
+def _on_this_loop(table: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_K, _V]]) -> dict[_K, _V]:
+    loop = asyncio.get_running_loop()
+    if loop not in table:
+        for ended in [known for known in tuple(table) if known.is_closed()]:
+            table.pop(ended, None)  # pooled sockets would keep a closed loop alive
+        table[loop] = {}
+    return table[loop]
 
 
 def _key(engine: EngineSpec) -> _Key:
@@ -89,10 +104,41 @@ def _strip(client: _Client) -> _Client:
     return client
 
 
-def outgoing(
-    options: FinalRequestOptions, engine: EngineSpec, *, suffix: str, timeout: Any, extra: Mapping[str, Any]
-) -> Any:
-    """Return the request as the engine gets it; the caller's own options are not touched."""
+def sync_http(httpx: ModuleType) -> Any:
+    """Return this process's bare HTTP client for all engines, of the module that the caller's client is built on."""
+    client = _http.get(httpx.__name__)
+    if client is None:
+        client = _http[httpx.__name__] = httpx.Client(limits=_limits(httpx), follow_redirects=True)
+    return client
+
+
+def async_http(httpx: ModuleType) -> Any:
+    """Return the running loop's."""
+    clients = _on_this_loop(_async_http)
+    client = clients.get(httpx.__name__)
+    if client is None:
+        client = clients[httpx.__name__] = httpx.AsyncClient(limits=_limits(httpx), follow_redirects=True)
+    return client
+
+
+def _limits(httpx: ModuleType) -> Any:
+    return httpx.Limits(max_connections=1000, max_keepalive_connections=100)  # as the SDK's own
+
+
+def suffix_of(url: str) -> str | None:
+    """The path below an engine's URL, where Maestro manages it."""
+    path = urlsplit(url).path.rstrip("/")
+    return next((known for known in PATHS if f"/{path.lstrip('/')}".endswith(known)), None)
+
+
+def headers_for(engine: EngineSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The headers of a bare HTTP request to an engine."""
+    # events are read along as they pass, so they must come uncompressed
+    return {**_allowed(given), "Authorization": f"Bearer {_key(engine)[1]}", "Accept-Encoding": "identity"}
+
+
+def outgoing(options: FinalRequestOptions, *, suffix: str, timeout: Any, extra: Mapping[str, Any]) -> Any:
+    """Return the request as an engine gets it; the caller's own options are not touched."""
     sent = model_copy(options)
     sent.url = suffix
     sent.params = {}
@@ -100,12 +146,11 @@ def outgoing(
     sent.timeout = timeout
     sent.idempotency_key = None
     given: Mapping[str, Any] = cast("Any", options.headers) if isinstance(options.headers, Mapping) else {}
-    sent.headers = {k: v for k, v in given.items() if _allowed(k)}
-    own: dict[str, Any] = {"model": engine.served_model} if engine.served_model else {}
-    sent.extra_json = {**cast("Mapping[str, Any]", options.extra_json or {}), **own, **extra}
+    sent.headers = _allowed(given)
+    sent.extra_json = {**cast("Mapping[str, Any]", options.extra_json or {}), **extra}
     return sent
 
 
-def _allowed(header: str) -> bool:
-    name = header.lower()
-    return name in _HEADERS or name.startswith(_HEADER_PREFIXES)
+def _allowed(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the caller's headers travels to an engine."""
+    return {k: v for k, v in headers.items() if k.lower() in _HEADERS or k.lower().startswith(_HEADER_PREFIXES)}

@@ -18,23 +18,18 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
-from typing import Any, Final, cast
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import openai
 import openai._base_client as sdk
 from openai._models import FinalRequestOptions
 
-from maestro_agents.core import EngineSpec
-from maestro_agents.errors import RunGone
 from maestro_langgraph import engines
-from maestro_langgraph.call import Call
-from maestro_langgraph.quiet import warn_once
+from maestro_langgraph.call import Call, opened
+from maestro_langgraph.refusals import httpx_of
 
 logger = logging.getLogger("maestro")
-
-PATHS: Final = ("/chat/completions", "/completions", "/responses")
 
 _Request = Callable[..., Any]
 _originals: tuple[_Request, _Request] | None = None
@@ -42,42 +37,45 @@ _wrappers: tuple[_Request, _Request] | None = None
 _active = False
 
 
-def _begin(sdk_client: Any, options: FinalRequestOptions, *, is_async: bool) -> Call | None:
+class SdkCall(Call):
+    """A call that stopped in the SDK's ``request``."""
+
+    def __init__(self, sdk_client: Any, options: FinalRequestOptions, suffix: str, *, is_async: bool) -> None:
+        self.sdk_client = sdk_client
+        self.options = options
+        # as it would leave: ``extra_body`` wins over the arguments
+        extra = cast("Mapping[str, Any]", options.extra_json or {})
+        super().__init__(
+            {**cast("dict[str, Any]", options.json_data), **extra},
+            suffix=suffix,
+            url=str(sdk_client.base_url),
+            httpx=httpx_of(sdk_client),
+            retries=options.get_max_retries(sdk_client.max_retries),
+            is_async=is_async,
+        )
+
+    def outgoing(self) -> Any:
+        """The request as the granted engine gets it."""
+        given = self.options.timeout
+        timeout = self.sdk_client.timeout if isinstance(given, openai.NotGiven) else given
+        return engines.outgoing(self.options, suffix=self.suffix, timeout=timeout, extra=self.added())
+
+
+def _begin(sdk_client: Any, options: FinalRequestOptions, *, is_async: bool) -> SdkCall | None:
     """Open a stage for a call that is ours; None where the SDK's own method should just run."""
-    try:
+
+    def make() -> SdkCall | None:
         suffix = suffix_of(options)
-        if suffix is None:
-            return None
-        call = Call(sdk_client, options, suffix, is_async=is_async)
-        if isinstance(call.body.get("model"), str) and call.body["model"] and call.open():
-            return call
-    except RunGone:
-        raise
-    except Exception as e:  # a bug of ours, or a setting that cannot be read: told once, and the call goes on
-        warn_once("the gate", e)
-    return None
+        return None if suffix is None else SdkCall(sdk_client, options, suffix, is_async=is_async)
+
+    return opened(make)
 
 
 def suffix_of(options: FinalRequestOptions) -> str | None:
     """The path below the engine's URL, for a call that is ours."""
     if options.method.lower() != "post" or not isinstance(options.json_data, dict):
         return None
-    path = urlsplit(str(options.url)).path.rstrip("/")
-    return next((known for known in PATHS if f"/{path.lstrip('/')}".endswith(known)), None)
-
-
-def _prepare(call: Call, client_for: Callable[[EngineSpec], Any]) -> tuple[Any, Any] | None:
-    """Our client and the request as its engine gets it; None where it should go as the caller made it."""
-    if call.to_original:
-        call.sent()
-        return None
-    try:
-        return client_for(cast("EngineSpec", call.engine)), call.outgoing()
-    except Exception as e:  # e.g. an engine URL that no client takes
-        warn_once("preparing a request", e)
-        call.cancel()
-        call.engine = None
-        return None
+    return engines.suffix_of(str(options.url))
 
 
 def _wrap_sync(original: _Request) -> _Request:
@@ -86,26 +84,13 @@ def _wrap_sync(original: _Request) -> _Request:
         call = _begin(self, options, is_async=False) if _active else None
         if call is None:
             return original(self, cast_to, options, *args, **kwargs)
-        try:
-            while True:
-                call.wait()
-                prepared = _prepare(call, engines.sync_client)
-                through, sent = prepared or (self, options)
-                try:
-                    result = original(through, cast_to, sent, *args, **kwargs)
-                    stream = call.watch(result, is_async=False)
-                    if stream is not None:
-                        if prepared:
-                            _prime(call, stream)
-                        call.reading()
-                except Exception as e:
-                    if not call.again(e):
-                        raise
-                else:
-                    return result
-        except BaseException:
-            call.cancel()
-            raise
+
+        def send() -> Any:
+            prepared = call.prepare(lambda engine: (engines.sync_client(engine), call.outgoing()))
+            through, sent = prepared or (self, options)
+            return original(through, cast_to, sent, *args, **kwargs)
+
+        return call.serve(send)
 
     return request
 
@@ -116,43 +101,15 @@ def _wrap_async(original: _Request) -> _Request:
         call = _begin(self, options, is_async=True) if _active else None
         if call is None:
             return await original(self, cast_to, options, *args, **kwargs)
-        try:
-            while True:
-                await call.wait_async()
-                prepared = _prepare(call, engines.async_client)
-                through, sent = prepared or (self, options)
-                try:
-                    result = await original(through, cast_to, sent, *args, **kwargs)
-                    stream = call.watch(result, is_async=True)
-                    if stream is not None:
-                        if prepared:
-                            await _prime_async(call, stream)
-                        call.reading()
-                except Exception as e:
-                    if not call.again(e):
-                        raise
-                else:
-                    return result
-        except BaseException:
-            call.cancel()
-            raise
+
+        async def send() -> Any:
+            prepared = call.prepare(lambda engine: (engines.async_client(engine), call.outgoing()))
+            through, sent = prepared or (self, options)
+            return await original(through, cast_to, sent, *args, **kwargs)
+
+        return await call.serve_async(send)
 
     return request
-
-
-def _prime(call: Call, stream: Any) -> None:
-    """Wait for the first bytes of a stream, so that an engine that dies before them costs the caller nothing."""
-    try:
-        stream.prime()
-    except Exception as e:
-        raise call.broken(e) from e
-
-
-async def _prime_async(call: Call, stream: Any) -> None:
-    try:
-        await stream.prime()
-    except Exception as e:
-        raise call.broken(e) from e
 
 
 def self_check() -> str:

@@ -17,12 +17,15 @@ from uuid import UUID
 
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent
+from langgraph.types import Command
 
 from maestro_langgraph import runs
 from maestro_langgraph.graph import Workflow
+from maestro_langgraph.graph.moves import node_path
 from maestro_langgraph.options import Options
 from maestro_langgraph.quiet import warn_once
 from maestro_langgraph.runs import Run
+from maestro_langgraph.timeouts import Timeouts
 
 _P = ParamSpec("_P")
 
@@ -43,11 +46,6 @@ class Caller:
 
 
 _note: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("maestro_caller", default=None)
-
-
-def node_path(namespace: str) -> str:
-    """``team:<task>|1|writer:<task>`` -> ``team:writer``: the id that the drawn graph gives the node."""
-    return ":".join(part.split(":")[0] for part in namespace.split("|") if part and not part.isdigit())
 
 
 def role_of(node: str, *agents: str) -> str:
@@ -73,6 +71,8 @@ def _caller(metadata: Mapping[str, Any], run: Run | None, llm_run: UUID | None) 
     node = node_path(task) or str(metadata.get("langgraph_node") or "")
     named = str(metadata.get("lc_agent_name") or "")
     agent = (run.options.agent or run.name) if run else ""
+    if run is not None:
+        run.moves.call(node, task)
     return Caller(
         run=run,
         llm_run=llm_run,
@@ -99,15 +99,18 @@ def _guarded(hook: Callable[_P, None]) -> Callable[_P, None]:
 class MaestroHandler(GraphCallbackHandler):
     """Watches runs. Several may watch the same run (graph, subgraph, process-wide): each event counts once.
 
-    It carries its graph's workflow and options, and is held by the graph alone: when the graph goes, so do they.
+    It carries its graph's workflow, options and timeouts, and is held by the graph alone: when the graph goes, so do they.
     """
 
     run_inline = True  # the note must be left in the caller's own context
     raise_error = False
 
-    def __init__(self, workflow: Workflow | None = None, options: Options | None = None) -> None:
+    def __init__(
+        self, workflow: Workflow | None = None, options: Options | None = None, timeouts: Timeouts | None = None
+    ) -> None:
         self.workflow = workflow
         self.options = options or Options()
+        self.timeouts = timeouts
 
     # -- starts ------------------------------------------------------------------------------------------------------
     @_guarded
@@ -118,9 +121,28 @@ class MaestroHandler(GraphCallbackHandler):
         *,
         run_id: UUID,
         parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._start(run_id, parent_run_id, kwargs.get("name"))
+        name, said = kwargs.get("name"), metadata or {}
+        resumes = parent_run_id is None and (inputs is None or isinstance(inputs, Command))
+        news = self._start(run_id, parent_run_id, name, thread=str(said.get("thread_id") or ""), resumes=resumes)
+        if news is not None:
+            news.moves.start(run_id, said, news.workflow)
+        if name and name == said.get("langgraph_node") and not any(t.startswith("seq:step:") for t in tags or ()):
+            self._begin_task(run_id, said, news=news is not None)
+
+    def _begin_task(self, callback_id: UUID, said: Mapping[str, Any], *, news: bool) -> None:
+        """A node begins: one task of a superstep (or a ``@task`` of the functional API)."""
+        run = runs.find(callback_id)
+        task = str(said.get("langgraph_checkpoint_ns") or "")
+        if run is None or not task:
+            return
+        if news:
+            run.begin_task(task, str(said["langgraph_node"]), int(said.get("langgraph_step") or 0))
+        if self.timeouts is not None and self.workflow is run.workflow:
+            run.limit_task(task, *self.timeouts.of(node_path(task)))
 
     @_guarded
     def on_tool_start(
@@ -199,8 +221,10 @@ class MaestroHandler(GraphCallbackHandler):
         runs.end(run_id, None)
 
     @_guarded
-    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        runs.end(run_id, error)
+    def on_chain_error(
+        self, error: BaseException, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
+    ) -> None:
+        runs.end(run_id, error, parent_run_id)
 
     @_guarded
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
@@ -216,8 +240,18 @@ class MaestroHandler(GraphCallbackHandler):
         if run is not None and run.root == event.run_id:
             run.paused = True
 
-    def _start(self, run_id: UUID, parent: UUID | None, name: str | None) -> None:
-        runs.start(run_id, parent, options=self.options, workflow=self.workflow, name=name)
+    def _start(
+        self, run_id: UUID, parent: UUID | None, name: str | None, *, thread: str = "", resumes: bool = False
+    ) -> Run | None:
+        return runs.start(
+            run_id,
+            parent,
+            options=self.options,
+            workflow=self.workflow,
+            name=name,
+            thread=thread,
+            resumes=resumes,
+        )
 
 
 def _spend_note(run_id: UUID) -> None:

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypedDict, cast
+from uuid import UUID
 
 from maestro_agents.core import ServiceClass
 from maestro_agents.errors import ConfigError
 
 
 class OptionArgs(TypedDict, total=False):
-    """The keyword arguments of ``@maestro(...)``, ``maestro.wrap``, ``maestro.install`` and ``maestro.options``."""
+    """What can be said to ``@maestro(...)``, ``maestro.wrap``, ``install``, ``options``, ``wrap_model`` and the middleware."""
 
     #: Who waits for the answer: ``interactive`` or ``batch``.
     service_class: ServiceClass | str
@@ -86,6 +87,16 @@ def request_options(options: Options) -> Generator[None]:
         yield
     finally:
         _request_options.reset(token)
+
+
+model_options: Final[ContextVar[tuple[UUID, Options] | None]] = ContextVar("maestro_model_options", default=None)
+"""What was said of the model that is being called here, with the callback id of that call."""
+
+
+def said_of_model(llm_run: UUID | None) -> Options | None:
+    """Return what was said of the model of this call; None where nobody gave the model to Maestro."""
+    said = model_options.get()
+    return said[1] if said is not None and said[0] == llm_run else None
 
 
 _defaults = _NOTHING

@@ -6,11 +6,20 @@ Through LangChain a refusal becomes LangChain's class of the same kind; ours is 
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any, cast
 
 import openai
 
-from maestro_agents.errors import MaestroError, NoEngineFits, QueueFull, QueueUnavailable, StageRefused, WaitTooLong
+from maestro_agents.errors import (
+    MaestroError,
+    NoEngineFits,
+    QueueFull,
+    QueueUnavailable,
+    RunGone,
+    StageRefused,
+    WaitTooLong,
+)
 
 
 class QueueFullError(QueueFull, openai.RateLimitError):
@@ -33,9 +42,15 @@ class NoEngineFitsError(NoEngineFits, openai.BadRequestError):
     """No engine of the fleet could ever serve this stage (status 400)."""
 
 
-def as_sdk_error(error: MaestroError, sdk_client: Any, url: str) -> MaestroError:
-    """Return the same refusal in a class that is also the SDK's, so that the caller's handlers know it."""
-    httpx = httpx_of(sdk_client)
+class RunGoneError(RunGone, openai.OpenAIError):
+    """The run that owned this call is gone."""
+
+
+def as_sdk_error(error: MaestroError, httpx: ModuleType, url: str) -> MaestroError:
+    """Return the same refusal in a class that is also the SDK's, so that the caller's handlers know it.
+
+    ``httpx`` is the module that the caller's client is built on (`httpx_of`).
+    """
     request = httpx.Request("POST", url)
     text = str(error)
     if isinstance(error, QueueFull | StageRefused):
@@ -61,7 +76,7 @@ def as_sdk_error(error: MaestroError, sdk_client: Any, url: str) -> MaestroError
     return error
 
 
-def httpx_of(sdk_client: Any) -> Any:
+def httpx_of(sdk_client: Any) -> ModuleType:
     """The HTTP module that the caller's client is built on: ``httpx2`` since openai 3, ``httpx`` before."""
     families = [cls.__module__.split(".")[0] for cls in type(sdk_client._client).__mro__]
     return importlib.import_module(next((f for f in families if f in {"httpx", "httpx2"}), "httpx"))

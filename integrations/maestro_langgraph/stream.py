@@ -1,7 +1,8 @@
 """Watching an answer on its way to the caller: first byte, usage, end. Bytes pass through as they come.
 
 One thing is taken out: the usage chunk that Maestro asked the engine for and the caller did not. A partial event is held
-until it is whole, which costs nothing: the SDK cannot use half an event either.
+until it is whole, which costs nothing: the SDK cannot use half an event either. vLLM signs the last chunk (its
+``system_fingerprint``), so the one before the usage is held until then, and signed as it would have been without.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self, cast
 
+_CONTENT: Final = re.compile(rb'"(?:content|text|reasoning(?:_content)?|arguments|delta)"\s*:\s*"[^"]')
+"""A piece of the answer in an event, whichever of the SDK's ways it was asked for in: about one token of it."""
+
+_FINISH: Final = re.compile(rb'"finish_reason"\s*:\s*"')
+_SIGNATURE: Final = re.compile(rb'"system_fingerprint"\s*:\s*"[^"]*"')
 _EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _TELLING: Final = (b'"usage"', b'"tool_calls"', b'"error"', b"response.created", b"response.completed", b"response.failed",
                    b"response.incomplete")  # fmt: skip
@@ -29,6 +35,8 @@ class Usage:
 
     prompt_tokens: int = 0
     output_tokens: int = 0
+    #: Events of a stream that held a piece of the answer: an estimate of ``output_tokens`` where no usage is told.
+    content_events: int = 0
     cached_tokens: int = 0
     tool_calls: int = 0
     engine_queue_s: float = 0.0
@@ -82,6 +90,7 @@ class Watcher:
         self._hide_usage = hide_usage and events and legible
         self._legible = legible
         self._buffer = bytearray()
+        self._last = b""
         self._handed = False
         self._complete = False
         self._ended = False
@@ -94,7 +103,9 @@ class Watcher:
         try:
             return self._read(chunk)
         except Exception:  # a bug of ours: from here on the bytes just pass
-            held, self._legible = bytes(self._buffer), False
+            held, self._legible = self._last + bytes(self._buffer), False
+            self._last = b""
+            self._buffer.clear()
             return (held if self._hide_usage else b"") or chunk
 
     def _read(self, chunk: bytes) -> bytes:
@@ -108,10 +119,15 @@ class Watcher:
         while end := _EVENT_END.search(self._buffer):
             event = bytes(self._buffer[: end.end()])
             del self._buffer[: end.end()]
-            if not self._look(event):
-                kept += event
+            if self._look(event):
+                self._last = _signed(self._last, event)
+                continue
+            kept += self._last
+            self._last = event if self._hide_usage and _FINISH.search(event) else b""
+            kept += b"" if self._last else event
         if len(self._buffer) > _LONGEST_EVENT_BYTES:
-            kept += self._buffer
+            kept += self._last + self._buffer
+            self._last = b""
             self._buffer.clear()
             self._legible = False
         return bytes(kept) if self._hide_usage else chunk
@@ -121,6 +137,7 @@ class Watcher:
         if event.startswith((b"data: [DONE]", b"data:[DONE]")):
             self._complete = True
             return False
+        self.usage.content_events += _CONTENT.search(event) is not None
         if not any(word in event for word in _TELLING):
             return False
         data = b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
@@ -136,9 +153,9 @@ class Watcher:
 
     def rest(self) -> bytes:
         """Return what was held back at the end of the answer."""
-        held = bytes(self._buffer) if self._hide_usage else b""
+        held = self._last + bytes(self._buffer) if self._hide_usage else b""
         if not self._events and self._legible and self._buffer:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(Exception):  # no JSON, or a bug of ours: it says nothing of its cost then
                 self.usage.absorb(_mapping(json.loads(bytes(self._buffer))))
         self._buffer.clear()
         return held
@@ -308,6 +325,13 @@ def _tap_class(module: str, is_async: bool) -> Callable[[Any, Watcher], Any]:  #
     if is_async:
         return type("MaestroAsyncTap", (AsyncTap, httpx.AsyncByteStream), {})
     return type("MaestroSyncTap", (SyncTap, httpx.SyncByteStream), {})
+
+
+def _signed(event: bytes, usage: bytes) -> bytes:
+    """The last event of an answer, with the signature of the usage that followed it."""
+    signature = _SIGNATURE.search(usage)
+    end = event.rfind(b"}")
+    return event[:end] + b"," + signature[0] + event[end:] if signature and end > 0 else event
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -29,6 +29,8 @@ class Entry:
     target: str
     summary: str
     example: str
+    #: Its arguments are a command line of somebody else: from the first on nothing is read as an option of ours.
+    hands_on: bool = False
 
 
 COMMANDS: Final = (
@@ -43,6 +45,13 @@ COMMANDS: Final = (
         target="up:run",
         summary="Start Redis, the scheduler and a whole fleet from fleet.toml. Ctrl-C ends them all.",
         example="maestro up fleet.toml",
+    ),
+    Entry(
+        name="run",
+        target="run:run",
+        summary="Run any command with Maestro in its Python processes. The app is not changed.",
+        example="maestro run --service-class batch -- python app.py",
+        hands_on=True,
     ),
     Entry(
         name="scheduler",
@@ -69,10 +78,28 @@ COMMANDS: Final = (
         example="maestro queue ls",
     ),
     Entry(
+        name="switch",
+        target="switch:run",
+        summary="The emergency brake of a pool: off, observe or on, in every app within a second.",
+        example='maestro switch off --reason "answers are slow since 14:00"',
+    ),
+    Entry(
+        name="graph",
+        target="graph:run",
+        summary="Show a program's graph: who calls an LLM, as whom, edges, loops, and what runs showed. Runs nothing.",
+        example="maestro graph app.py:graph",
+    ),
+    Entry(
         name="doctor",
         target="doctor:run",
         summary="Check Python, packages, settings, Redis, fleet and the OpenAI seam, and say what to do.",
         example="maestro doctor --fleet fleet.toml",
+    ),
+    Entry(
+        name="report",
+        target="report:run",
+        summary="What was observed, and what Maestro would have made of it: the same runs played again.",
+        example="maestro report events.jsonl --fleet fleet.toml",
     ),
     Entry(
         name="bench",
@@ -112,6 +139,7 @@ def build_app(load: Collection[str]) -> typer.Typer:
                 short_help=f"{entry.summary} Example: {entry.example}",
                 help=None if entry.name in load else entry.summary,
                 epilog=f"Example: {entry.example}",
+                context_settings={"allow_interspersed_args": not entry.hands_on},
             )(target)
     return app
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maestro_agents.core import EngineSpec
+from maestro_agents.core import EngineSpec, Switch
 from maestro_agents.errors import MaestroError, QueueUnavailable
 from maestro_agents.fleet import load_fleet
 from maestro_agents.queue.embedded import find_server, ping, without_password
@@ -238,6 +238,27 @@ async def _published(settings: Settings) -> Sequence[EngineSpec]:
         await queue.close()
 
 
+def check_switch(settings: Settings) -> list[Finding]:
+    """Does an operator hold the pool back?"""
+    from maestro_agents.queue.redis import RedisQueue
+
+    async def look(url: str) -> Switch:
+        queue = RedisQueue(url, pool=settings.pool)
+        try:
+            return await queue.switch()
+        finally:
+            await queue.close()
+
+    try:
+        switch = asyncio.run(look(settings.redis_url)) if settings.redis_url else Switch()
+    except MaestroError:
+        return []  # said already, by check_redis
+    if switch.at_rest:
+        return []
+    detail = f"pool {settings.pool!r}: {switch.mode} ({switch.told() or 'nobody said why'})"
+    return [note("switch", detail, "back to normal: `maestro switch on`")]
+
+
 def check_engines(engines: Sequence[EngineSpec]) -> list[Finding]:
     """Does each engine answer, and does it serve the model that the fleet says?"""
     return asyncio.run(_ask_engines(engines)) if engines else []
@@ -301,7 +322,7 @@ def examine(
     findings += more
     if settings is not None:
         say("Redis")
-        findings += check_redis(settings.redis_url)
+        findings += check_redis(settings.redis_url) + check_switch(settings)
         say("engines")
         engines, more = check_fleet(fleet, settings)
         findings += more + check_engines(engines) + check_models(models, fleet, settings)

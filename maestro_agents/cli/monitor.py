@@ -51,6 +51,8 @@ def render(snapshot: Snapshot, *, height: int = 1_000) -> RenderableType:
     title.append(clock, style="not bold")
     if snapshot.trouble:
         title.append(f"  {snapshot.trouble}", style="red")
+    if snapshot.switch:
+        title.append(f"  {snapshot.switch}", style="yellow")
     title.append(f"  {snapshot.source}", style="not bold")
     if not snapshot.lines:
         return Group(title, Text("no engine is known yet: is a scheduler running?", style="dim"))

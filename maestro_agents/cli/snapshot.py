@@ -10,7 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from maestro_agents.core import EngineSpec, Observation, Refusal, RunEnd, ServiceClass, Status, Ticket
+from maestro_agents.core import (
+    EngineSpec,
+    Observation,
+    Refusal,
+    RunEnd,
+    ServiceClass,
+    Status,
+    Switch,
+    Ticket,
+)
 from maestro_agents.errors import ConfigError, QueueUnavailable
 from maestro_agents.ports import Ledger, Queue, Reservation, Running
 
@@ -78,6 +87,8 @@ class Snapshot:
     engines: tuple[EngineLine, ...] = ()
     runs: tuple[RunLine, ...] = ()
     trouble: str = ""
+    #: What the pool's switch says, where that is not ``on``; empty else.
+    switch: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; a number that is not known is null."""
@@ -137,6 +148,7 @@ class Watch:
                 for service_class in ServiceClass
             ),
             engines=engine_lines(specs, await queue.ledger(), await queue.draining()),
+            switch=switch_line(await queue.switch()),
             runs=tuple(run_line(service_class, ended) for service_class, ended in self._runs.items() if ended),
         )
 
@@ -147,6 +159,8 @@ class Watch:
             moved, self._log_at = at != self._log_at, at
             for entry in entries:
                 if isinstance(entry, Observation):
+                    if entry.observed:
+                        continue  # it never was in the queue
                     key = (entry.model, entry.service_class)
                     self._waits.setdefault(key, deque(maxlen=RECENT)).append(entry.wait_s)
                 elif entry.outcome != "paused":
@@ -166,6 +180,14 @@ class Watch:
             wait_p50_s=percentile(tuple(waits), 0.5),
             wait_p95_s=percentile(tuple(waits), 0.95),
         )
+
+
+def switch_line(switch: Switch) -> str:
+    """The pool's switch in words; nothing where it is on, and was understood."""
+    if switch.at_rest:
+        return ""
+    told = switch.told()
+    return f"switch {switch.mode}{f' ({told})' if told else ''}"
 
 
 def engine_lines(

@@ -32,8 +32,8 @@ def left_s(prediction: Prediction) -> float:
 
 
 def is_late(ticket: Ticket, prediction: Prediction, now_s: float) -> bool:
-    """The run cannot meet its deadline any more, even if it never waits again."""
-    return ticket.deadline_at_s - now_s < left_s(prediction)
+    """The run cannot meet its deadline any more, or the stage its own limit, even if it never waits again."""
+    return ticket.deadline_at_s - now_s < left_s(prediction) or ticket.limit_at_s - now_s < prediction.service_s
 
 
 def ours(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
@@ -46,7 +46,12 @@ def ours(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
     if is_late(ticket, prediction, now_s):
         patience_s = LATE_S[ticket.service_class]
     else:
-        patience_s = SLACK_SHARE * max(0.0, min(ticket.deadline_at_s - ticket.pushed_at_s - left, MAX_SLACK_S))
+        slack_s = min(
+            ticket.deadline_at_s - ticket.pushed_at_s - left,
+            ticket.limit_at_s - ticket.pushed_at_s - prediction.service_s,
+            MAX_SLACK_S,
+        )
+        patience_s = SLACK_SHARE * max(0.0, slack_s)
     return ticket.pushed_at_s + STRETCH * left + patience_s
 
 
@@ -65,7 +70,7 @@ def fcfs_run(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
 def edf(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
     """Earliest deadline first."""
     del prediction, now_s
-    return min(ticket.deadline_at_s, ticket.pushed_at_s + 1e6)
+    return min(ticket.deadline_at_s, ticket.limit_at_s, ticket.pushed_at_s + 1e6)
 
 
 def srtf(ticket: Ticket, prediction: Prediction, now_s: float) -> float:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import heapq
+import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from types import CoroutineType
+from typing import Any, ParamSpec, TypeVar, cast
 
 from maestro_agents.core import (
     Command,
@@ -21,12 +26,16 @@ from maestro_agents.core import (
     Refusal,
     RunEnd,
     Status,
+    Switch,
     Ticket,
     Verdict,
     kv_need_bytes,
     move,
 )
 from maestro_agents.ports import Ledger, Renewal, Reservation, Running
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 DEFAULT_P99_OUTPUT_TOKENS = 1024.0
 """Reserved for a role that was never seen, where the caller sets no bound."""
@@ -35,6 +44,17 @@ LOG_LENGTH = 20_000
 """Observations kept: what statistics are rebuilt from after a restart."""
 
 RETRY_FLOOR_S = 0.5
+
+
+def _alone(command: Callable[_P, Awaitable[_T]]) -> Callable[_P, CoroutineType[Any, Any, _T]]:
+    """A command that waits for nothing inside, kept apart from those that come from other threads (``.._at_once``)."""
+
+    @functools.wraps(command)
+    async def alone(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with cast("MemoryQueue", args[0])._lock:
+            return await command(*args, **kwargs)
+
+    return alone
 
 
 @dataclass(slots=True)
@@ -47,9 +67,10 @@ class _Stage:
 class MemoryQueue:
     """See `ports.Queue`. ``lease_s``: how long a grant or a client lives without a renewal."""
 
-    def __init__(self, *, lease_s: float = 10.0, max_queue: int = 10_000) -> None:
+    def __init__(self, *, lease_s: float = 10.0, max_queue: int = 10_000, log_length: int = LOG_LENGTH) -> None:
         self.lease_s = lease_s
         self.max_queue = max_queue
+        self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
         self._ended: OrderedDict[str, Status] = OrderedDict()
         self._ready: defaultdict[str, set[str]] = defaultdict(set)
@@ -59,7 +80,7 @@ class MemoryQueue:
         self._slots: defaultdict[str, int] = defaultdict(int)
         self._kv_bytes: defaultdict[str, int] = defaultdict(int)
         self._draining: dict[str, Reservation] = {}
-        self._log: deque[tuple[int, Observation | RunEnd]] = deque(maxlen=LOG_LENGTH)
+        self._log: deque[tuple[int, Observation | RunEnd]] = deque(maxlen=log_length)
         self._logged = 0
         self._fence = 0
         self._epoch = 0
@@ -69,27 +90,40 @@ class MemoryQueue:
         self._credit_epoch = 0
         self._credits_until_s = 0.0
         self._specs: dict[str, str] = {}
+        self._switch: Switch | None = None
         self._wake = asyncio.Event()
 
     # -- the client's side -------------------------------------------------------------------------------------------
     async def push(self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float) -> Verdict | None:
-        known = self._stages.get(ticket.stage_id)
-        if known is not None or ticket.stage_id in self._ended:
-            return known.grant if known is not None else None
-        self._clients[ticket.client_id] = now_s + self.lease_s
-        waiting = self._ready[ticket.model]
-        spec = self._credit(ticket, engines, now_s) if ticket.nested or not waiting else None
-        if spec is not None:
-            stage = self._stages[ticket.stage_id] = _Stage(ticket, Status.GRANTED)
-            grant = self._lease(ticket, spec.engine_id, self._need(ticket, spec), now_s, fast=True)
-            stage.grant = grant
-            return grant
-        if len(waiting) >= self.max_queue:
-            return Refusal(stage_id=ticket.stage_id, reason="full", retry_after_s=RETRY_FLOOR_S)
-        self._stages[ticket.stage_id] = _Stage(ticket, Status.QUEUED)
-        waiting.add(ticket.stage_id)
-        self._wake.set()
-        return None
+        with self._lock:
+            known = self._stages.get(ticket.stage_id)
+            if known is not None or ticket.stage_id in self._ended:
+                return known.grant if known is not None else None
+            self._clients[ticket.client_id] = now_s + self.lease_s
+            if (grant := self._fast(ticket, engines, now_s)) is not None:
+                return grant
+            waiting = self._ready[ticket.model]
+            if len(waiting) >= self.max_queue:
+                return Refusal(stage_id=ticket.stage_id, reason="full", retry_after_s=RETRY_FLOOR_S)
+            self._stages[ticket.stage_id] = _Stage(ticket, Status.QUEUED)
+            waiting.add(ticket.stage_id)
+            self._wake.set()
+            return None
+
+    def push_at_once(self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float) -> Grant | None:
+        """The fast path of `push` alone, for a stage that is new; from any thread. None: nothing has happened."""
+        with self._lock:
+            return self._fast(ticket, engines, now_s) if ticket.client_id in self._clients else None
+
+    def _fast(self, ticket: Ticket, engines: Sequence[EngineSpec], now_s: float) -> Grant | None:
+        if not ticket.nested and self._ready.get(ticket.model):
+            return None
+        spec = self._credit(ticket, engines, now_s)
+        if spec is None:
+            return None
+        grant = self._lease(ticket, spec.engine_id, self._need(ticket, spec), now_s, fast=True)
+        self._stages[ticket.stage_id] = _Stage(ticket, Status.GRANTED, grant)
+        return grant
 
     def _credit(self, ticket: Ticket, engines: Sequence[EngineSpec], now_s: float) -> EngineSpec | None:
         """The engine whose credits pay for this ticket now: the one with most free slots, first named on a tie."""
@@ -142,6 +176,7 @@ class MemoryQueue:
         self._inbox[client_id].append(verdict)
         self._mail[client_id].set()
 
+    @_alone
     async def renew(self, client_id: str, stages: Mapping[str, int], *, now_s: float) -> Renewal:
         self._clients[client_id] = now_s + self.lease_s
         gone: list[str] = []
@@ -157,6 +192,7 @@ class MemoryQueue:
         led = self._leader is not None and self._leader[1] > now_s
         return Renewal(gone=tuple(gone), granted=tuple(granted), epoch=self._epoch, led=led)
 
+    @_alone
     async def announce(self, ticket: Ticket, grant: Grant | None, *, now_s: float) -> None:
         if ticket.stage_id in self._stages or ticket.stage_id in self._ended:
             return
@@ -173,6 +209,7 @@ class MemoryQueue:
             ticket, Status.GRANTED, dataclasses.replace(grant, lease_until_s=now_s + self.lease_s)
         )
 
+    @_alone
     async def finish(self, observation: Observation, *, token: int, now_s: float) -> bool:
         command = Command.FINISH if observation.status is Status.DONE else Command.FAIL
         stage = self._held(observation.stage_id, token)
@@ -181,6 +218,21 @@ class MemoryQueue:
         self._end(stage, command)
         self._append(observation)
         return True
+
+    def finish_at_once(self, observation: Observation, *, token: int) -> bool:
+        """`finish` from any thread, where nobody waits for what it frees. False: nothing has happened."""
+        with self._lock:
+            stage = self._held(observation.stage_id, token)
+            if stage is None or any(self._ready.values()):
+                return False
+            self._end(stage, Command.FINISH if observation.status is Status.DONE else Command.FAIL)
+            self._append(observation)
+            return True
+
+    def end_run_at_once(self, run: RunEnd) -> None:
+        """`end_run` from any thread."""
+        with self._lock:
+            self._append(run)
 
     def _held(self, stage_id: str, token: int) -> _Stage | None:
         stage = self._stages.get(stage_id)
@@ -197,7 +249,7 @@ class MemoryQueue:
             self._return(stage.grant, drain_since_s)
         del self._stages[stage.ticket.stage_id]
         self._ended[stage.ticket.stage_id] = to
-        if len(self._ended) > LOG_LENGTH:
+        if len(self._ended) > (self._log.maxlen or LOG_LENGTH):
             self._ended.popitem(last=False)
 
     def _return(self, grant: Grant, drain_since_s: float | None) -> None:
@@ -212,12 +264,14 @@ class MemoryQueue:
     def _free(self, engine_id: str, kv_bytes: int) -> None:
         self._slots[engine_id] -= 1
         self._kv_bytes[engine_id] -= kv_bytes
-        self._wake.set()
+        if any(self._ready.values()):
+            self._wake.set()
 
     def _append(self, entry: Observation | RunEnd) -> None:
         self._logged += 1
         self._log.append((self._logged, entry))
 
+    @_alone
     async def requeue(self, ticket: Ticket, *, token: int, now_s: float, draining: bool) -> bool:
         stage = self._held(ticket.stage_id, token)
         if stage is None or stage.grant is None:
@@ -228,6 +282,7 @@ class MemoryQueue:
         self._wake.set()
         return True
 
+    @_alone
     async def cancel(self, stage_id: str, model: str, *, now_s: float, draining: bool) -> Status | None:
         stage = self._stages.get(stage_id)
         if stage is None:
@@ -236,8 +291,20 @@ class MemoryQueue:
         self._end(stage, Command.CANCEL, drain_since_s=now_s if draining else None)
         return before
 
+    @_alone
     async def end_run(self, run: RunEnd) -> None:
         self._append(run)
+
+    @_alone
+    async def observe(self, observation: Observation) -> None:
+        self._append(observation)
+
+    async def switch(self) -> Switch:
+        return self._switch or Switch()
+
+    async def set_switch(self, switch: Switch, *, if_lost: bool = False) -> None:
+        if self._switch is None or not if_lost:
+            self._switch = Switch.decode(switch.encode())
 
     async def describe(self, workflow: str, spec: str) -> None:
         self._specs.setdefault(workflow, spec)
@@ -263,6 +330,7 @@ class MemoryQueue:
             return
         self._wake.clear()
 
+    @_alone
     async def publish(
         self, engines: Sequence[EngineSpec], *, p99: Mapping[str, float], epoch: int, valid_until_s: float
     ) -> bool:
@@ -273,16 +341,19 @@ class MemoryQueue:
         self._credit_epoch, self._credits_until_s = epoch, valid_until_s
         return True
 
+    @_alone
     async def heads(self, model: str, n: int) -> Sequence[Ticket]:
         tickets = (self._stages[s].ticket for s in self._ready[model])
         return heapq.nsmallest(n, tickets, key=lambda t: (t.due_at_s, t.stage_id))
 
+    @_alone
     async def reorder(self, moments: Mapping[str, float], model: str) -> None:
         for stage_id, due_at_s in moments.items():
             if stage_id in self._ready[model]:
                 stage = self._stages[stage_id]
                 stage.ticket = stage.ticket.evolve(due_at_s=due_at_s)
 
+    @_alone
     async def grant(self, grant: Grant, ticket: Ticket, *, now_s: float) -> Grant | None:
         stage = self._stages.get(grant.stage_id)
         spec = self._engines.get(grant.engine_id)
@@ -305,6 +376,7 @@ class MemoryQueue:
     async def described(self, workflow: str) -> str | None:
         return self._specs.get(workflow)
 
+    @_alone
     async def refuse(self, refusal: Refusal, ticket: Ticket, *, now_s: float) -> bool:
         stage = self._stages.get(refusal.stage_id)
         if stage is None or stage.status is not Status.QUEUED:
@@ -313,6 +385,7 @@ class MemoryQueue:
         self._tell(stage.ticket.client_id, refusal)
         return True
 
+    @_alone
     async def reap(self, *, now_s: float) -> Sequence[str]:
         lost: list[str] = []
         for stage_id, stage in list(self._stages.items()):
@@ -324,15 +397,18 @@ class MemoryQueue:
                 lost.append(stage_id)
         return tuple(lost)
 
+    @_alone
     async def draining(self) -> Sequence[Reservation]:
         return tuple(self._draining.values())
 
+    @_alone
     async def settle(self, reservation: Reservation) -> bool:
         if self._draining.pop(reservation.stage_id, None) is None:
             return False
         self._free(reservation.engine_id, reservation.kv_bytes)
         return True
 
+    @_alone
     async def running(self) -> Sequence[Running]:
         return tuple(
             Running(
@@ -348,6 +424,7 @@ class MemoryQueue:
             if s.status is Status.GRANTED and s.grant is not None
         )
 
+    @_alone
     async def ledger(self) -> Ledger:
         return Ledger(
             slots={k: v for k, v in self._slots.items() if v}, kv_bytes={k: v for k, v in self._kv_bytes.items() if v}
@@ -356,9 +433,11 @@ class MemoryQueue:
     async def depth(self, model: str) -> int:
         return len(self._ready[model])
 
+    @_alone
     async def read_log(self, after: str, n: int) -> tuple[str, Sequence[Observation | RunEnd]]:
         start = int(after or 0)
-        found = [(i, e) for i, e in self._log if i > start][:n]
+        unread = takewhile(lambda numbered: numbered[0] > start, reversed(self._log))  # most is read already
+        found = list(unread)[: -n - 1 : -1]
         return (str(found[-1][0]) if found else after), tuple(e for _, e in found)
 
     async def incarnation(self) -> str:

@@ -20,6 +20,7 @@ Keys of a pool (prefix ``maestro:{pool}:``), all under one hash tag so that Redi
     fleet           string  JSON of the engines (no keys, no secrets)
     workflows       hash    fingerprint -> static graph, JSON
     log             stream  observations ("o") and ends of runs ("r")
+    switch          string  what the operator allows: ``on``, ``observe`` or ``off``, then who, when, why. No key: on
     wake            list    one element while the scheduler has something to look at
 """
 
@@ -46,8 +47,8 @@ from maestro_agents.core import (
     Observation,
     Refusal,
     RunEnd,
-    ServiceClass,
     Status,
+    Switch,
     Ticket,
     Verdict,
 )
@@ -119,7 +120,7 @@ class RedisQueue:
         self._fixed = {
             k: self._prefix + k
             for k in (
-                "leases clients slots kv draining credits p99 epoch fence leader fleet workflows log wake".split()
+                "leases clients slots kv draining credits p99 epoch fence leader fleet workflows log switch wake".split()
             )
         }
 
@@ -322,9 +323,21 @@ class RedisQueue:
         return Status(before) if before else None
 
     async def end_run(self, run: RunEnd) -> None:
-        body = json.dumps({k: v for k, v in dataclasses.asdict(run).items() if v != math.inf}, separators=(",", ":"))
+        await self._append("r", run.encode())
+
+    async def observe(self, observation: Observation) -> None:
+        await self._append("o", observation.encode())
+
+    async def _append(self, kind: str, body: str) -> None:
+        await self._run("log", self._keys("log"), kind, body, LOG_LENGTH)
+
+    async def switch(self) -> Switch:
         async with _reachable():
-            await self._redis.xadd(self._fixed["log"], {"r": body}, maxlen=LOG_LENGTH, approximate=True)
+            return _switch(await self._redis.get(self._fixed["switch"]))
+
+    async def set_switch(self, switch: Switch, *, if_lost: bool = False) -> None:
+        async with _reachable():
+            await self._redis.set(self._fixed["switch"], switch.encode(), nx=if_lost)
 
     async def describe(self, workflow: str, spec: str) -> None:
         async with _reachable():
@@ -493,7 +506,7 @@ class RedisQueue:
         entries: list[Observation | RunEnd] = []
         for _, fields in rows:
             with contextlib.suppress(WireError, KeyError):  # one bad entry does not stop the reader
-                entries.append(Observation.decode(fields["o"]) if "o" in fields else _run_end(fields["r"]))
+                entries.append(Observation.decode(fields["o"]) if "o" in fields else RunEnd.decode(fields["r"]))
         return (rows[-1][0] if rows else after), entries
 
     async def incarnation(self) -> str:
@@ -544,6 +557,8 @@ def _told(error: Exception) -> Exception:
     if isinstance(error, ResponseError):
         if str(error).startswith(_NOT_READY):
             return QueueUnavailable(f"Redis is not ready: {error}")
+        if str(error).startswith(_NOT_OURS):
+            return QueueUnavailable(f"Redis does not do what Maestro needs ({error}). Run `maestro doctor`.")
         return error
     if isinstance(error, (RedisError, OSError, TimeoutError)):
         return QueueUnavailable(f"Redis does not answer ({type(error).__name__}: {error}). Run `maestro doctor`.")
@@ -552,6 +567,9 @@ def _told(error: Exception) -> Exception:
 
 _NOT_READY: Final = ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "OOM", "MISCONF")
 """A server that answers, but not with what was asked: waiting helps, or an operator must."""
+
+_NOT_OURS: Final = ("unknown command", "NOPERM")
+"""A server that is too old or something else, or a user who may not: an operator must."""
 
 
 def _text(value: object) -> str:
@@ -567,13 +585,11 @@ def _verdict(message: str) -> Verdict:
     return Grant(token=int(token), **fields)
 
 
-def _run_end(text: str) -> RunEnd:
+def _switch(text: str | None) -> Switch:
     try:
-        body = json.loads(text)
-        body["service_class"] = ServiceClass(body.get("service_class", "interactive"))
-        return RunEnd(**body)
-    except (ValueError, TypeError) as e:
-        raise WireError(f"not the end of a run: {e}") from e
+        return Switch.decode(text)
+    except WireError as e:
+        return Switch(reason=f"not understood: {e}")
 
 
 def _without_password(url: str) -> str:

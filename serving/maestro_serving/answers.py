@@ -1,8 +1,17 @@
 """What the emulator says: a pure function of the request. The same request has the same answer, to the token.
 
-A *token* is a piece of at most six letters or digits with the space before it, or one other character. The caller can
-write the length into the last message: ``[[tokens=120]]``. ``[[tool]]`` or ``[[tool=search]]`` makes the model call a
-tool where it may choose. JSON is valid for its schema; a ``max_tokens`` too small truncates it, as it would in vLLM.
+A *token* is a piece of at most six letters or digits with the space before it, or one other character. JSON is valid for
+its schema; a ``max_tokens`` too small truncates it, as it would in vLLM. Ids of calls are nothing that a model reads.
+
+*Directives* in a message steer the answer:
+
+``[[tokens=120]]``          its length (last message only)
+``[[say=approved]]``        its text (last message only); JSON where a schema is asked for: the caller vouches for it
+``[[tool=search]]``         a call of this tool where the model may choose; ``[[tool]]``: of the first one
+``[[tool=add {"a": 1}]]``   the same with these arguments
+
+The last message that names tools counts. Each is called once, in their order, one an answer, and skipped where the request
+does not offer it: so one message leads a team of agents, each of which has tools of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +21,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -20,7 +29,8 @@ from maestro_serving.jsonvalues import value_for
 
 _PIECE: Final = re.compile(r"\s?[^\W_]{1,6}|.", re.DOTALL)
 _TOKENS: Final = re.compile(r"\[\[tokens=(\d{1,7})\]\]")
-_TOOL: Final = re.compile(r"\[\[tool(?:=([\w.-]+))?\]\]")
+_SAY: Final = re.compile(r"\[\[say=(.*?)\]\]", re.DOTALL)
+_TOOL: Final = re.compile(r"\[\[tool(?:=([\w.-]+))?(?:\s+(\{.*?\}))?\]\]", re.DOTALL)
 _WORDS: Final = tuple(
     (
         "the order was checked and found ready so we can ship it today please note that your account shows one "
@@ -40,6 +50,26 @@ class Tool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One message, as far as directives go."""
+
+    role: str
+    text: str
+    #: Names of the tools that it calls.
+    calls: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """A call that a directive wants."""
+
+    #: Empty: whichever tool comes first.
+    tool: str
+    #: JSON; empty: any that fit.
+    arguments: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """A request, without what does not change its answer (stream, priority, ids)."""
 
@@ -47,9 +77,10 @@ class Question:
     #: Everything the model would read, as text.
     text: str
     prompt_tokens: int
-    #: The last message's own text and role: where directives stand.
+    #: The last message's own text.
     last_text: str = ""
-    last_role: str = "user"
+    #: Calls that directives want and that were not made yet.
+    wishes: Sequence[Wish] = ()
     max_tokens: int
     min_tokens: int = 0
     ignore_eos: bool = False
@@ -91,14 +122,17 @@ def answer(question: Question) -> Answer:
     rng = random.Random(_seed(question))
     directive = _TOKENS.search(question.last_text)
     asked = int(directive[1]) if directive else 0
-    tool = _tool(question)
+    tool, arguments = _tool(question)
+    say = arguments if tool else _said(question.last_text)
     if tool or question.schema is not None:
         schema = tool.parameters if tool else question.schema
-        text = json.dumps(value_for(schema or {}, rng), ensure_ascii=False)
+        text = say or json.dumps(value_for(schema or {}, rng), ensure_ascii=False)
         said = _PIECE.findall(text)
         # What a caller asks for by directive or min_tokens is spent before the value begins, as on thinking.
         said = [""] * (max(asked, question.min_tokens) - len(said)) + said
         return _cut(said, question, tool=tool.name if tool else "")
+    if say:
+        return _cut(_PIECE.findall(say), question)
     natural = asked or _plausible_tokens(rng)
     length = question.max_tokens if question.ignore_eos else max(natural, question.min_tokens)
     said = _prose(rng, min(length, question.max_tokens))
@@ -123,15 +157,36 @@ def _cut(said: list[str], question: Question, *, tool: str = "", more: bool = Fa
     return Answer(pieces=kept, finish_reason="stop", stop_reason=stop)
 
 
-def _tool(question: Question) -> Tool | None:
+def wishes(turns: Iterable[Turn]) -> tuple[Wish, ...]:
+    """The calls that the last message with tool directives wants, without those that were made since."""
+    due: list[Wish] = []
+    for turn in turns:
+        if turn.role not in {"assistant", "tool"}:
+            due = [Wish(tool=name, arguments=arguments) for name, arguments in _TOOL.findall(turn.text)] or due
+        for called in turn.calls:
+            made = next((wish for wish in due if wish.tool in {called, ""}), None)
+            if made:
+                due.remove(made)
+    return tuple(due)
+
+
+def _said(text: str) -> str:
+    directive = _SAY.search(text)
+    return directive[1] if directive else ""
+
+
+def _tool(question: Question) -> tuple[Tool | None, str]:
+    """The tool that is called, and the arguments that a directive gives it."""
     by_name = {tool.name: tool for tool in question.tools}
     if question.tool_choice == "none" or not by_name:
-        return None
-    directive = _TOOL.search(question.last_text) if question.last_role != "tool" else None
-    named = by_name.get(directive[1] or "") if directive else None
-    if question.tool_choice == "auto":
-        return named or (question.tools[0] if directive else None)
-    return by_name.get(question.tool_choice) or named or question.tools[0]
+        return None, ""
+    first = question.tools[0]
+    offered = [(by_name.get(w.tool, first), w.arguments) for w in question.wishes if not w.tool or w.tool in by_name]
+    if question.tool_choice in by_name:
+        return next((o for o in offered if o[0].name == question.tool_choice), (by_name[question.tool_choice], ""))
+    if offered:
+        return offered[0]
+    return (None, "") if question.tool_choice == "auto" else (first, "")
 
 
 def _plausible_tokens(rng: random.Random) -> int:

@@ -83,9 +83,13 @@ class EmulatorConfig:
             raise ValueError(f"an emulator needs at least one model, each with a name of its own; got {names}")
 
 
-def create_app(config: EmulatorConfig) -> Starlette:
+OnRequest = Callable[[bytes], None]
+"""Told the body of each request to the model as it arrives. For tests and benches; the emulator itself keeps nothing."""
+
+
+def create_app(config: EmulatorConfig, on_request: OnRequest | None = None) -> Starlette:
     """The ASGI app."""
-    server = _Server(config)
+    server = _Server(config, on_request)
     routes = [
         Route("/health", server.health),
         Route("/version", server.version),
@@ -99,8 +103,9 @@ def create_app(config: EmulatorConfig) -> Starlette:
 
 
 class _Server:
-    def __init__(self, config: EmulatorConfig) -> None:
+    def __init__(self, config: EmulatorConfig, on_request: OnRequest | None) -> None:
         self.config = config
+        self.on_request = on_request
         self.metrics = Metrics()
         self.started_at_s = int(time.time())
         self.engines = {
@@ -215,7 +220,9 @@ class _Server:
         if refusal := self.unauthorized(request):
             reply.close()
             return refusal
-        await request.body()  # from now on `receive` tells of nothing but the client's leaving
+        body = await request.body()  # from now on `receive` tells of nothing but the client's leaving
+        if self.on_request is not None:
+            self.on_request(body)
         try:
             return await unless_gone(request.receive, reply) or Response(status_code=499)
         except RefusedError as e:
@@ -262,16 +269,16 @@ class _Server:
         )
 
     def request_metrics(self, records: list[RequestRecord]) -> dict[str, Any] | None:
-        """As vLLM's ``--enable-per-request-metrics``: of a single answer only."""
+        """As vLLM's ``--enable-per-request-metrics``: of a single answer only. Time in the queue counts in nothing else."""
         if not self.config.per_request_metrics or len(records) != 1:
             return None
         r = records[0]
         return {
-            "time_to_first_token_ms": 1000 * r.ttft_s,
+            "time_to_first_token_ms": 1000 * (r.ttft_s - r.queue_s),
             "generation_time_ms": 1000 * r.generation_s,
             "queue_time_ms": 1000 * r.queue_s,
             "mean_itl_ms": 1000 * r.generation_s / (r.output_tokens - 1) if r.output_tokens > 1 else None,
-            "tokens_per_second": r.output_tokens / (r.ended_at_s - r.arrived_at_s),
+            "tokens_per_second": r.output_tokens / (r.ended_at_s - r.started_at_s),
         }
 
     # -- streams ------------------------------------------------------------------------------------------------------
@@ -440,9 +447,13 @@ class _Uvicorn(uvicorn.Server):
         self._on_ready()
 
 
-def _uvicorn(config: EmulatorConfig, on_ready: Callable[[], None]) -> _Uvicorn:
+def _uvicorn(config: EmulatorConfig, on_ready: Callable[[], None], on_request: OnRequest | None = None) -> _Uvicorn:
     settings = uvicorn.Config(
-        create_app(config), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        create_app(config, on_request),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
     )
     return _Uvicorn(settings, on_ready)
 
@@ -484,10 +495,12 @@ def _url(listener: socket.socket) -> str:
 class Emulator:
     """An emulator in a thread of this process, for tests: ``with Emulator() as engine: ... engine.url``."""
 
-    def __init__(self, config: EmulatorConfig | None = None, *, port: int = 0) -> None:
+    def __init__(
+        self, config: EmulatorConfig | None = None, *, port: int = 0, on_request: OnRequest | None = None
+    ) -> None:
         self._ready = threading.Event()
         self._listener = _listen("127.0.0.1", port)
-        self._server = _uvicorn(config or EmulatorConfig(), self._ready.set)
+        self._server = _uvicorn(config or EmulatorConfig(), self._ready.set, on_request)
         self._thread = threading.Thread(
             target=lambda: self._server.run(sockets=[self._listener]), name="emulator", daemon=True
         )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from maestro_serving.answers import Question, Tool, count_tokens, text_of
+from maestro_serving.answers import Question, Tool, Turn, count_tokens, text_of, wishes
 
 PRIORITY_HEADER: Final = "x-vllm-priority"
 DEFAULT_COMPLETION_TOKENS: Final = 16
@@ -203,7 +203,7 @@ def chat_questions(body: ChatBody, limits: Limits) -> list[Question]:
         prompt_tokens=0,
         max_tokens=0,
         last_text=text_of(body.messages[-1].content),
-        last_role=body.messages[-1].role,
+        wishes=wishes(Turn(role=m.role, text=text_of(m.content), calls=_called(m)) for m in body.messages),
         tools=tools,
         tool_choice=name or ("auto" if tools else "none"),
         schema=_chat_schema(body.response_format),
@@ -266,7 +266,7 @@ def response_question(body: ResponsesBody, limits: Limits) -> Question:
         prompt_tokens=prompt_tokens,
         max_tokens=0,
         last_text=text_of(last.get("content")),
-        last_role="tool" if last.get("type") == "function_call_output" else str(last.get("role", "user")),
+        wishes=wishes(_turn(item) for item in items),
         tools=tools,
         tool_choice=name or ("auto" if tools else "none"),
         schema=schema,
@@ -346,9 +346,29 @@ def _chat_schema(wanted: _Format | None) -> Mapping[str, Any] | None:
     return wanted.json_schema.json_schema or {}
 
 
+def _calls(message: _Message) -> list[Mapping[str, Any]]:
+    """The functions that a message calls, without the calls' ids."""
+    calls: Sequence[Any] = (message.model_extra or {}).get("tool_calls") or ()
+    return [call["function"] for call in calls if isinstance(call, dict) and isinstance(call.get("function"), dict)]
+
+
 def _calls_text(message: _Message) -> str:
-    calls: Sequence[Any] | None = (message.model_extra or {}).get("tool_calls")
+    calls = _calls(message)
     return json.dumps(calls) if calls else ""
+
+
+def _called(message: _Message) -> list[str]:
+    return [str(function.get("name", "")) for function in _calls(message)]
+
+
+def _turn(item: Mapping[str, Any]) -> Turn:
+    """An input item of the Responses API."""
+    kind = item.get("type")
+    if kind == "function_call":
+        return Turn(role="assistant", text="", calls=[str(item.get("name", ""))])
+    if kind == "function_call_output":
+        return Turn(role="tool", text="")
+    return Turn(role=str(item.get("role", "user")), text=text_of(item.get("content")))
 
 
 def _invalid(message: str, *, param: str | None) -> RefusedError:

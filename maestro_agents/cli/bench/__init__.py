@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.columns import Columns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -16,7 +18,8 @@ from maestro_agents.cli.bench import stack as fleets
 from maestro_agents.errors import ConfigError
 
 bench_app = typer.Typer(
-    no_args_is_help=True, help="Measure: overhead per call, what faults do, whether engines keep our order."
+    no_args_is_help=True,
+    help="Measure: overhead per call, what faults do, whether engines keep our order, which constructs work.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Everything as JSON on stdout, raw values included.")]
@@ -160,3 +163,385 @@ def measure_order(
             )  # fmt: skip
     Console().print(table)
     Console().print(f"interactive p95, Maestro over first come first served: {ratio:.2f}")
+
+
+@bench_app.command("matrix")
+def check_matrix(
+    construct: Annotated[
+        list[str] | None, typer.Option("--construct", help="A file of sample_workflows/constructs; default all.")
+    ] = None,
+    mode: Annotated[list[str] | None, typer.Option("--mode", help="invoke, astream, ...; default all.")] = None,
+    way: Annotated[
+        list[str] | None,
+        typer.Option("--way", help="install, decorator, wrap, run, wrap_model or middleware; default install."),
+    ] = None,
+    openai: Annotated[
+        list[str] | None,
+        typer.Option("--openai", help="Versions of the SDK, each in a virtual environment of its own; default ours."),
+    ] = None,
+    venvs: Annotated[Path | None, typer.Option("--venvs", help="Folder that keeps these environments.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every LangGraph construct in every mode, with Maestro and without: same results, every call gated once, served by
+    the fleet, with its node known. Example: maestro bench matrix --construct loop --openai 1.109.1 --openai 3
+    """
+    from maestro_agents.cli.bench import matrix as bench
+
+    console = Console(stderr=True)
+    names, modes, ways = construct or bench.constructs(), mode or list(bench.MODES), way or ["install"]
+    for kind, given, known in (
+        ("construct", names, bench.constructs()),
+        ("mode", modes, bench.MODES),
+        ("way", ways, bench.WAYS),
+    ):
+        bench.check_names(kind, given, known)
+    if openai:
+        found = _matrix_elsewhere(openai, venvs, names, modes, ways, console)
+    else:
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        ) as progress:
+            task = progress.add_task("constructs x modes", total=len(names) * len(modes) * len(ways))
+            found = [bench.run(names, modes, w, lambda _cell: progress.advance(task)) for w in ways]
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _show_matrix(found, bench.CHECKS)
+    if any(table["totals"]["passed"] < table["totals"]["cells"] for table in found):
+        raise typer.Exit(1)
+
+
+def _matrix_elsewhere(
+    versions: list[str], folder: Path | None, names: list[str], modes: list[str], ways: list[str], console: Console
+) -> list[dict[str, Any]]:
+    """The tables of other versions of the SDK."""
+    from tempfile import TemporaryDirectory
+
+    from maestro_agents.cli.bench import venvs
+
+    options = [
+        *chain.from_iterable(("--construct", n) for n in names),
+        *chain.from_iterable(("--mode", m) for m in modes),
+    ]
+    with TemporaryDirectory(prefix="maestro-venvs-") as temporary:
+        home = (folder or Path(temporary)).absolute()
+        pythons = [venvs.make(version, home, lambda line: console.print(line, highlight=False)) for version in versions]
+        return [venvs.matrix_in(python, [*options, "--way", w]) for python in pythons for w in ways]
+
+
+def _show_matrix(found: list[dict[str, Any]], checks: Mapping[str, str]) -> None:
+    console = Console()
+    tables: list[Table] = []
+    for table in found:
+        title = f"openai {table['versions']['openai']}, {table['way']} ({table['label']})"
+        tables.append(shown := Table(title=title, padding=0))
+        shown.add_column("construct", no_wrap=True)
+        for mode in table["modes"]:
+            shown.add_column(mode, justify="center", overflow="fold")
+        rows: dict[str, list[str]] = {}
+        for cell in table["cells"]:
+            mark = "-" if cell["skipped"] else f"[red]{cell['failed'][0]}[/]" if cell["failed"] else "[green]\u2713[/]"
+            rows.setdefault(cell["construct"], []).append(mark)
+        for name, marks in rows.items():
+            shown.add_row(name, *marks)
+    console.print(Columns(tables))
+    for table in found:
+        for cell in table["cells"]:
+            if cell["failed"]:
+                console.print(
+                    f"{cell['construct']}, {cell['mode']}: {''.join(cell['failed'])}: {cell['detail']}", markup=False
+                )
+        left_out: dict[str, dict[str, None]] = {}
+        for cell in table["cells"]:
+            if cell["skipped"]:
+                left_out.setdefault(cell["skipped"], {})[cell["construct"]] = None
+        for why, names in left_out.items():
+            console.print(f"{table['way']}: left out ({why}): {', '.join(names)}", markup=False)
+    console.print("\n".join(f"{key} {told}" for key, told in checks.items()), markup=False, highlight=False)
+    totals = Table("openai", "langchain-openai", "way", "cells", "passed", "failed", "left out", "requests")
+    for table in found:
+        versions, sums = table["versions"], table["totals"]
+        failed = ", ".join(f"{key} {n}" for key, n in sums["failed"].items() if n) or "0"
+        totals.add_row(
+            versions["openai"], versions["langchain-openai"], table["way"], str(sums["cells"]), str(sums["passed"]), failed,
+            str(sums["skipped"]), str(sums["requests"]),
+        )  # fmt: skip
+    console.print(totals)
+
+
+@bench_app.command("observe")
+def measure_observe(
+    engine: Engine = "emulator",
+    runs: Annotated[int, typer.Option(min=20, help="Runs of the sample per pass.")] = 40,
+    seed: Annotated[int, typer.Option(help="Another seed, other arrivals.")] = 0,
+    calls: Annotated[int, typer.Option(min=50, help="Pairs of calls for what observing costs.")] = 300,
+    events: Annotated[
+        Path | None, typer.Option("--events", help="Keep the record there; `maestro report` reads it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Does Maestro keep what `maestro report` promises, and what does observing cost? Example: maestro bench observe"""
+    from maestro_agents.cli.bench import observe as bench
+
+    console = Console(stderr=True)
+
+    def look(now: Any) -> None:
+        ended = len(now.results)
+        progress.update(tasks[now.policy], completed=ended, visible=True)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        titles = {"observe": "observed", "on": "under Maestro"}
+        tasks = {p: progress.add_task(f"runs {t}", total=runs, visible=False) for p, t in titles.items()}
+        result = bench.run(engine, runs, seed, calls, look, progress.console.print, events)
+    if as_json:
+        print(json.dumps({"label": fleets.label(engine), "seed": seed, **result}))
+        return
+    table = Table(title=f"{runs} runs, twice; engines: {engine} ({fleets.label(engine)})")
+    ways = {
+        "observed": result["observed"],
+        "replayed first come first served": result["told"]["replayed"],
+        "promised": result["told"]["promised"],
+        "promised, engines mute": result["untold"]["promised"],
+        "kept": result["kept"],
+    }
+    for name in ("", *ways["observed"]):
+        table.add_column(name, no_wrap=True)
+    for way, classes in ways.items():
+        cells = (f"{c['in_time']}/{c['runs']} {c['p50_s']:.1f} {c['p95_s']:.1f} s" for c in classes.values())
+        table.add_row(way, *cells)
+    Console().print(table)
+    Console().print("per class: runs in time, p50 and p95 of run completion")
+    for name, what in (("told", "with the engines' account of their queues"), ("untold", "without it")):
+        Console().print(f"the replay's own error on what was observed, {what}: {result[name]['gain']['error']:.1%}")
+    cost = result["cost"]
+    Console().print(
+        f"observing adds {cost['added_ms']['p50']:.2f} ms to a call (median of {cost['calls']} pairs, plain "
+        f"{cost['plain_ms']['p50']:.2f} ms)"
+    )
+
+
+@bench_app.command("starvation")
+def measure_starvation(
+    runs: Annotated[int, typer.Option(min=2, help="Runs that begin at once.")] = 18, as_json: Json = False
+) -> None:
+    """What synchronous nodes under `ainvoke` cost when each waits in a thread, and what helps. Example: maestro bench starvation"""
+    from maestro_agents.cli.bench import starvation as bench
+
+    result = bench.run(runs)
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    table = Table("", "all answered after", "calls known at once", title=f"{runs} runs of one call at once")
+    for case in result["cases"]:
+        known = case["known_at_once"]
+        table.add_row(case["case"], f"{case['all_s']:.2f} s", "-" if known is None else str(known))
+    console.print(table)
+    console.print(
+        f"One run alone: {result['ideal_s']:.2f} s. The loop's own pool: {result['threads_of_the_loop']} threads "
+        f"({result['cpu_cores']} CPU cores). Label: {result['label']}."
+    )
+
+
+@bench_app.command("graphs")
+def measure_graphs(
+    construct: Annotated[list[str] | None, typer.Option("--construct", help="Only these; default all.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each at most.")] = 6,
+    as_json: Json = False,
+) -> None:
+    """What is read from a graph before it runs, held to a truth written by hand, and how many runs mend the rest.
+
+    Example: maestro bench graphs --construct swarm
+    """
+    from maestro_agents.cli.bench import graphs as bench
+
+    names = construct or sorted(bench.truths())
+    if wrong := set(names) - bench.truths().keys():
+        raise ConfigError(f"--construct {min(wrong)!r}: one of {', '.join(sorted(bench.truths()))}")
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("graphs", total=len(names))
+        rows = bench.run(names, runs, lambda row: progress.update(task, advance=1, description=row["construct"]))
+    if as_json:
+        print(json.dumps({"summary": bench.summary(rows), "constructs": rows}))
+        return
+    console = Console(width=None if Console().is_terminal else 170)
+    table = Table(title="read from the graph before it runs, against the truth; then runs until all of it was there")
+    for name in ("graph", "nodes", "LLM right", "maybe", "wrong", "roles", "tools", "edges", "spurious", "look ms"):
+        table.add_column(name, no_wrap=True)
+    for name in ("nodes after", "LLM after", "edges after", "edges taken", "wrongly"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in rows:
+        if "skipped" in r:
+            table.add_row(r["construct"], r["skipped"])
+            continue
+        s, true = r["static"], r["true"]
+        after = ["never" if n is None else str(n) for n in r["complete_after_runs"].values()]
+        table.add_row(
+            r["construct"], f"{s['nodes']}/{true['nodes']}", str(s["llm_right"]), str(len(s["llm_maybe"])), str(len(s["llm_wrong"])),
+            f"{s['roles']}/{true['llm']}", f"{s['tools']}/{true['nodes']}", f"{s['edges']}/{true['edges']}",
+            str(len(s["edges_spurious"])), f"{r['look_ms']:.1f}", *after, str(r["seen"]), str(len(r["seen_wrong"])),
+        )  # fmt: skip
+    console.print(table)
+    for r in rows:
+        if r.get("words"):
+            console.print(f"{r['construct']}: {r['words']}", markup=False, highlight=False, soft_wrap=True)
+    total = bench.summary(rows)
+    console.print(
+        f"{total['graphs']} graphs: nodes {total['nodes']}, LLM right {total['llm_right']}, maybe {total['llm_maybe']}, "
+        f"wrong {total['llm_wrong']}, roles {total['roles']}, tools {total['tools']}, edges {total['edges']}, spurious "
+        f"{total['edges_spurious']}; complete after at most {total['runs_at_most']} runs, which took {total['seen']} edges and "
+        f"showed {total['seen_wrong']} that are none",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        "after: runs until nothing was missing. taken: edges that those runs went along. wrongly: seen, and not there."
+    )
+    if total["llm_wrong"] or total["seen_wrong"] or total["incomplete"]:
+        raise typer.Exit(1)
+
+
+@bench_app.command("cost")
+def measure_cost(
+    calls: Annotated[int, typer.Option(min=100, help="Calls each way and mode.")] = 1000,
+    in_flight: Annotated[int, typer.Option(min=100, help="Runs that wait at the gate at once.")] = 2000,
+    runs: Annotated[int, typer.Option(min=500, help="Runs of every kind, to look for a leak.")] = 10_000,
+    as_json: Json = False,
+) -> None:
+    """What Maestro costs an app without Redis: import, time per call, memory per run, leaks. Example: maestro bench cost"""
+    from maestro_agents.cli.bench import cost as bench
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def say(part: str, done: int, steps: int) -> None:
+            if part not in tasks:
+                tasks[part] = progress.add_task(part, total=steps)
+            progress.update(tasks[part], completed=done)
+
+        result = bench.run(calls, in_flight, runs, say)
+    if as_json:
+        print(json.dumps(result))
+        return
+    console, loaded = Console(), result["import"]
+    table = Table("what Maestro adds", "", title="no Redis; the server answers at once")
+    table.add_row("import, langgraph and openai loaded", f"{loaded['import_ms']:.0f} ms")
+    table.add_row("the first wrap, then the first call", f"{loaded['wrap_ms']:.1f} + {loaded['first_call_ms']:.0f} ms")
+    for mode, figures in result["call"].items():
+        added = (
+            f"{figures['added_ms']:.2f} ms (CPU {figures['added_cpu_ms']:.2f} ms, plain {figures['plain_ms']:.2f} ms)"
+        )
+        table.add_row(f"a call, {mode}", added)
+    memory, leak = result["memory"], result["leak"]
+    table.add_row(
+        f"a run in flight, of {in_flight}",
+        f"{memory['added_rss_bytes'] / 1024:.1f} KiB resident, {memory['added_python_bytes'] / 1024:.1f} KiB of Python's",
+    )
+    console.print(table)
+    looks = Table("runs", "resident", "threads", "open files", "tasks", title="runs of every kind, one process")
+    for look in leak["looks"]:
+        resident = f"{look['rss_bytes'] / 2**20:.1f} MiB"
+        looks.add_row(str(look["runs"]), resident, str(look["threads"]), str(look["files"]), str(look["tasks"]))
+    console.print(looks)
+    console.print(f"{leak['bytes_per_run']:.0f} bytes a run, {leak['late_bytes_per_run']:.0f} in the second half")
+    for name, (before, after) in leak["grown"].items():
+        console.print(f"  grew: {name} from {before} to {after}", markup=False, highlight=False)
+
+
+@bench_app.command("upstream")
+def check_upstream(
+    suite: Annotated[
+        list[str] | None, typer.Option("--suite", help="langgraph, supervisor, swarm; default all.")
+    ] = None,
+    venv: Annotated[
+        Path | None, typer.Option("--venv", help="Folder that keeps environment, sources and logs.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run a suite.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """LangGraph's own test suites, without Maestro and under it: does any test differ? Example: maestro bench upstream --suite swarm"""
+    from tempfile import TemporaryDirectory
+
+    from maestro_agents.cli.bench import upstream as bench
+
+    names = tuple(suite or bench.SUITES)
+    if wrong := set(names) - set(bench.SUITES):
+        raise ConfigError(f"--suite {min(wrong)!r}: one of {', '.join(bench.SUITES)}")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+    )
+    with (
+        TemporaryDirectory(prefix="maestro-upstream-") as temporary,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def say(name: str, way: str, percent: int) -> None:
+            if (name, way) not in tasks:
+                tasks[name, way] = progress.add_task(f"{name}, {way}", total=100)
+            progress.update(tasks[name, way], completed=percent)
+
+        found = bench.run(names, venv or Path(temporary), workers, say)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        table = Table(
+            "suite", "version", "tests", "pass", "skip", "fail by themselves", "vary by themselves", "same", "differ"
+        )
+        for r in found:
+            sizes = (
+                r["tests"],
+                r["passed"],
+                r["skipped"],
+                len(r["failed"]),
+                len(r["flaky"]),
+                r["same"],
+                len(r["different"]),
+            )
+            table.add_row(r["suite"], r["version"], *map(str, sizes))
+        Console().print(table)
+        for r in found:
+            for test, (plain, ours) in r["different"].items():
+                Console().print(f"{test}: {plain}, under Maestro {ours}", markup=False, highlight=False)
+    if any(r["different"] for r in found):
+        raise typer.Exit(1)
+
+
+@bench_app.command("gate-faults")
+def measure_gate_faults(
+    fault: Annotated[
+        list[str] | None, typer.Option("--fault", help="Only those whose name holds this; default all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The gate's own faults, one by one: does the graph give its normal result? Example: maestro bench gate-faults --fault Redis"""
+    from maestro_agents.cli.bench import gate_faults as bench
+
+    names = tuple(n for n in bench.FAULTS if any(word in n for word in fault or ("",)))
+    if not names:
+        raise ConfigError(f"no fault is named like that. There are: {', '.join(bench.FAULTS)}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("faults of the gate", total=len(names))
+        rows = bench.run(names, lambda _row: progress.advance(task))
+    if as_json:
+        print(json.dumps({"label": fleets.label("emulator"), "faults": rows}))
+    else:
+        table = Table("fault", "normal results", "added s", "log lines", "survived", title="engine emulated")
+        for r in rows:
+            kept = "yes" if r["survived"] else "NO"
+            table.add_row(r["fault"], f"{r['same']}/{r['runs']}", f"{r['extra_s']:.2f}", str(r["lines"]), kept)
+        Console().print(table)
+        for r in rows:
+            if not r["survived"]:
+                Console().print(f"{r['fault']}: {'; '.join((*r['different'][:3], *r['log']))}", markup=False)
+    if not all(r["survived"] for r in rows):
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""The folder that `maestro run` puts on PYTHONPATH. It holds `sitecustomize` and nothing else."""
