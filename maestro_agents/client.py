@@ -37,6 +37,16 @@ LOOK_S: Final = 5.0
 DESCRIBED_LIMIT: Final = 10_000
 
 
+def _answered() -> concurrent.futures.Future[None]:
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.set_result(None)
+    return future
+
+
+_at_once = _answered()
+"""Of every pass that nobody had to wait for."""
+
+
 class Pass:
     """One stage of this process, from its push to its end. Every method may be called from any thread or loop."""
 
@@ -49,7 +59,7 @@ class Pass:
         self.mode = Mode.ON
         self.ended = False
         self.first_byte_at_s = 0.0
-        self.future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.future: concurrent.futures.Future[None] = _at_once  # its own where it waits
         self._was_sent = False
         self._submitted = False
         self._patience_s = room.settings.max_wait_s
@@ -80,7 +90,6 @@ class Pass:
             kv_bytes=0,
             granted_at_s=ticket.pushed_at_s,
         )
-        p.future.set_result(None)
         return p
 
     # -- wait --------------------------------------------------------------------------------------------------------
@@ -129,6 +138,7 @@ class Pass:
         if not self._submitted:  # after a requeue it is on its way already
             self._submitted = True
             if not self._room.admit_at_once(self):
+                self.future = concurrent.futures.Future()
                 self._room.call(self._room.admit, self)
         if not self.future.done() and not self._room.alive:
             self._room.abandon(self)
@@ -333,8 +343,9 @@ class Client:
         if mode is Mode.ON and room.models and ticket.model not in room.models:
             room.tell_unserved(ticket.model)
             return None
-        now_s = self.now_s()
-        ticket = ticket.evolve(client_id=self.client_id, pushed_at_s=now_s, due_at_s=ticket.due_at_s or now_s)
+        if ticket.client_id != self.client_id or not ticket.due_at_s:
+            now_s = self.now_s()
+            ticket = ticket.evolve(client_id=self.client_id, pushed_at_s=now_s, due_at_s=ticket.due_at_s or now_s)
         return (Pass if mode is Mode.ON else Pass.observed)(room, ticket, original_url)
 
     def end_run(self, run: RunEnd) -> None:
@@ -380,7 +391,9 @@ _parents: list[Client] = []
 
 
 def _after_fork() -> None:
-    """A child has no thread and must not share its parent's sockets."""
+    """A child has no thread and must not share its parent's sockets, nor a lock that one of its threads may hold."""
+    global _at_once
+    _at_once = _answered()
     if Client._current is not None:  # pyright: ignore[reportPrivateUsage]
         _parents.append(Client._current)  # pyright: ignore[reportPrivateUsage]
     Client._current = None  # pyright: ignore[reportPrivateUsage]

@@ -71,6 +71,9 @@ class Queue(Protocol):
     so by its result. Every command that changes a stage names the fencing token it acts under.
     """
 
+    #: Entries that the observation log keeps.
+    log_length: int
+
     # -- the client's side -------------------------------------------------------------------------------------------
     async def push(self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float) -> Verdict | None:
         """Queue a ticket; or, on the fast path, grant it in the same round trip.

@@ -174,7 +174,7 @@ class Room:
     def original(self, p: Pass) -> EngineSpec:
         """The caller's own URL as an engine. From any thread."""
         return EngineSpec(
-            engine_id=f"{p.ticket.model}@{_plain_url(p.original_url)}",
+            engine_id=_original_id(p),
             url=p.original_url,
             model=p.ticket.model,
             slots=self.settings.local_concurrency,
@@ -294,9 +294,11 @@ class Room:
         queue, t = self._own_queue(), p.ticket
         if queue is None or self.mode is not Mode.ON:
             return False
-        places = [self.fleet.get(self.original(p).engine_id)] if self.own_url_mode else self._engines_for(t)
+        places = [self.fleet.get(_original_id(p))] if self.own_url_mode else self._engines_for(t)
         known = [place for place in places if place is not None]
-        grant = queue.push_at_once(t, engines=known, now_s=self.clock.now_s()) if known else None
+        if not known:
+            return False
+        grant = queue.push_at_once(t, engines=known, now_s=self.clock.now_s(), priority=_priority(t))
         if grant is None:
             return False
         p.pushed = True
@@ -425,7 +427,7 @@ class Room:
 
     def _take(self, p: Pass, grant: Grant, engine: EngineSpec) -> None:
         """Hand a grant of the queue over. From any thread."""
-        if grant.fast:
+        if grant.fast and not grant.priority:
             grant = dataclasses.replace(grant, priority=_priority(p.ticket))
         self.held[grant.stage_id] = p
         self._hand(p, grant, engine)
@@ -449,8 +451,9 @@ class Room:
     def _hand(self, p: Pass, grant: Grant, engine: EngineSpec) -> None:
         self._let_go(p)
         p.grant, p.engine = grant, engine
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # its caller gave up: `withdraw` comes
-            p.future.set_result(None)
+        if not p.future.done():
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # its caller gave up: `withdraw` comes
+                p.future.set_result(None)
 
     def _refuse(self, p: Pass, error: MaestroError) -> None:
         self._let_go(p)
@@ -866,6 +869,11 @@ def _turned_away(t: Ticket, verdict: Verdict | None) -> Refusal | None:
     return None
 
 
+def _original_id(p: Pass) -> str:
+    return f"{p.ticket.model}@{_plain_url(p.original_url)}"
+
+
+@functools.lru_cache(maxsize=256)
 def _plain_url(url: str) -> str:
     """A URL without what may be secret in it: name, password, query."""
     parts = urlsplit(url)

@@ -19,7 +19,6 @@ from maestro_agents.policy import Order, Plan, Snapshot
 from maestro_agents.ports import Clock, EngineHealth, EngineProbe, Queue, Reservation, Running
 from maestro_agents.predict.roles import MAX_ROLES, RoleStatistics
 from maestro_agents.predict.speed import EngineSpeeds
-from maestro_agents.queue.memory import LOG_LENGTH
 from maestro_agents.workflow import Workflows
 
 T = TypeVar("T")
@@ -364,7 +363,7 @@ class Scheduler:
                 if name in self._taken:
                     continue  # the log is read again from its beginning after the store restarted
                 self._taken[name] = None
-                if len(self._taken) > LOG_LENGTH:
+                if len(self._taken) > self.queue.log_length:
                     self._taken.popitem(last=False)
                 try:
                     self.take(entry)

@@ -295,7 +295,8 @@ def merged(drawn: Mapping[str, Any], seen: Seen | None = None) -> dict[str, Any]
         node["in_loop"] = any(name in loop for loop in found)
         node["height"] = after[name]
         node["on_longest"] = longest > 0 and length[name] == longest
-    return {**drawn, "runs": seen.runs, "longest": longest, "nodes": list(nodes.values()), "edges": list(edges.values()), "loops": found}  # fmt: skip
+    ordered = sorted(nodes.values(), key=lambda node: node.get("kind") == "end")  # the end comes last
+    return {**drawn, "runs": seen.runs, "longest": longest, "nodes": ordered, "edges": list(edges.values()), "loops": found}  # fmt: skip
 
 
 def loops(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[list[str]]:

@@ -102,6 +102,20 @@ def test_a_test_that_ends_otherwise_is_found_and_one_that_varies_by_itself_is_le
     assert (found["tests"], found["passed"], found["failed"], found["same"]) == (5, 3, ["b"], 2)
 
 
+def test_a_test_of_the_report_is_found_again_by_pytests_own_name(tmp_path: Path) -> None:
+    """Also one of a class, in a folder, with dots in its parameters."""
+    (tmp_path / "tests" / "deep").mkdir(parents=True)
+    (tmp_path / "tests" / "deep" / "test_a.py").touch()
+    for told, name in (
+        ("tests.deep.test_a::test_b[1.5::x]", "tests/deep/test_a.py::test_b[1.5::x]"),
+        ("tests.deep.test_a.TestB::test_c", "tests/deep/test_a.py::TestB::test_c"),
+    ):
+        assert upstream._node(tmp_path, told) == name
+    assert upstream._same({"plain": ["passed"] * 2, "maestro": ["passed"] * 2})
+    assert not upstream._same({"plain": ["passed"] * 2, "maestro": ["passed", "failed"]})
+    assert not upstream._same({"plain": [None], "maestro": [None]})
+
+
 def test_outcomes_are_read_from_pytests_own_report(tmp_path: Path) -> None:
     """Passed, failed, skipped, expected failure, and an error in a teardown, which is the worst of its test."""
     suite = tmp_path / "test_them.py"

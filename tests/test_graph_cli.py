@@ -127,7 +127,7 @@ def test_mermaid_is_a_flowchart_that_mermaid_can_read(capsys: pytest.CaptureFixt
     node = rf"n\d+(\(\[{text}\]\)|\[\[{text}\]\]|\[{text}\]|\({text}\):::(llm|maybe))"
     edge = rf"n\d+ (-->|-\.->)(\|{text}\|)? n\d+"
     assert [line for line in rest if not re.fullmatch(rf"    ({node}|{edge}|classDef \w+ [^\"]+)", line)] == []
-    assert 'n2("write<br/>LLM"):::llm' in out
+    assert 'n1("write<br/>LLM"):::llm' in out
     assert "#quot;y#quot;" in out
     assert "-.->" not in out
 
@@ -151,7 +151,7 @@ def test_observed_runs_are_merged(capsys: pytest.CaptureFixture[str]) -> None:
     seen = {(e["from"], e["to"]): (e["seen"], e["drawn"]) for e in found["edges"] if e["seen"]}
     assert seen == {("write", "write"): (2, True), ("write", "hidden"): (2, False)}
     _, out, _ = called(capsys, "app.py", "--observed", str(events), "--mermaid")
-    assert re.search(r'n2 -\.->\|"2x"\| n\d+', out)
+    assert re.search(r'n1 -\.->\|"2x"\| n\d+', out)
     other = write(line("another"), "other.jsonl")
     code, out, err = called(capsys, "app.py", "--observed", str(other))
     assert code == 0

@@ -401,10 +401,10 @@ async def test_p99_that_could_not_be_published_is_published_later() -> None:
 
 async def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Endless new stages, roles, workflows and drained reservations leave a bounded memory."""
-    monkeypatch.setattr(scheduler_module, "LOG_LENGTH", 100)
     monkeypatch.setattr(scheduler_module, "MAX_ROLES", 50)
     monkeypatch.setattr(scheduler_module, "MAX_GRAPHS", 20)
     w = World(probe=Probe(a=idle()))
+    w.store.log_length = 100
     await w.look()
     for i in range(300):
         w.store._append(history(f"role{i}", 30, 1)[0])

@@ -23,7 +23,7 @@ KINDS = ("app", "scheduler", "engine", "redis")
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
-def load(name: str) -> dict[str, Any]:
+def load(name: str) -> Any:
     """A result as it was printed."""
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -109,7 +109,131 @@ def demo(name: str) -> str:
     return f"{rows(head, body)}\n\nLabel: `{r['label']}`. Deadlines: {deadlines}. Seed {r['seed']}, {r['runs']} runs each way."
 
 
+def matrix(name: str) -> str:
+    """Every version of the SDK and every way in: how many cells, how many as they should be."""
+    body = [
+        [
+            t["versions"]["openai"], t["versions"]["langchain-openai"], t["way"], str(len({c["construct"] for c in t["cells"]})),
+            str(len(t["modes"])), f"{t['totals']['passed']} / {t['totals']['cells']}", str(t["totals"]["skipped"]),
+            str(t["totals"]["requests"]),
+        ]
+        for t in load(name)
+    ]  # fmt: skip
+    head = ["openai", "langchain-openai", "way in", "constructs", "modes", "cells as they should be", "left out", "requests"]
+    return f"{rows(head, body)}\n\nLabel: `emulated`. Raw cells: `docs/results/{name}.json`."
+
+
+def graphs(name: str) -> str:
+    """What the drawn graph told, and after how many runs the rest was there."""
+    found = load(name)
+    body = [
+        [
+            r["construct"], f"{s['nodes']} / {r['true']['nodes']}", f"{s['llm_right']}, {len(s['llm_maybe'])}, {len(s['llm_wrong'])}",
+            f"{s['roles']} / {r['true']['llm']}", f"{s['tools']} / {r['true']['nodes']}",
+            f"{s['edges']} / {r['true']['edges']}, {len(s['edges_spurious'])}",
+            str(max(n for n in r["complete_after_runs"].values() if n is not None)), r["words"] or "-",
+        ]
+        for r in found["constructs"]
+        if "skipped" not in r
+        for s in (r["static"],)
+    ]  # fmt: skip
+    head = ["graph", "nodes", "LLM right, maybe, wrong", "roles", "tools", "edges, spurious", "runs until complete"]
+    total = found["summary"]
+    return (
+        f"{rows([*head, 'what the drawing misses'], body)}\n\n{total['graphs']} graphs: nodes {total['nodes']}; LLM right "
+        f"{total['llm_right']}, maybe {total['llm_maybe']}, wrong {total['llm_wrong']}; roles {total['roles']}; tools "
+        f"{total['tools']}; edges {total['edges']}, spurious {total['edges_spurious']}. All complete after at most "
+        f"{total['runs_at_most']} runs. Raw: `docs/results/{name}.json`."
+    )
+
+
+def upstream(name: str) -> str:
+    """The outcomes of other people's tests."""
+    found = load(name)
+    body = [
+        [
+            f"{r['suite']} {r['version']}", str(r["tests"]), str(r["passed"]), str(r["skipped"]), str(len(r["failed"])),
+            str(len(r["flaky"])), str(len(r["once"])), str(len(r["different"])),
+        ]
+        for r in found
+    ]  # fmt: skip
+    head = ["suite", "tests", "pass", "skipped", "fail by themselves", "vary by themselves", "differed once", "differ"]
+    once = [f"`{t}`" for r in found for t in (*r["flaky"], *r["once"])]
+    named = f" Varied or differed once: {', '.join(once)}." if once else ""
+    return f"{rows(head, body)}\n\nRaw: `docs/results/{name}.json`.{named}"
+
+
+def gate_faults(name: str) -> str:
+    """One row a fault."""
+    found = load(name)
+    body = [
+        [r["fault"], f"{r['same']} / {r['runs']}", f"{r['extra_s']:.2f} s", str(r["lines"]), "yes" if r["survived"] else "**no**"]
+        for r in found["faults"]
+    ]
+    head = ["fault of the gate", "normal results", "slower by", "lines in the log", "survived"]
+    return f"{rows(head, body)}\n\nLabel: `{found['label']}`. Raw: `docs/results/{name}.json`."
+
+
+def cost(name: str) -> str:
+    """What an app pays without Redis."""
+    r = load(name)
+    body = [
+        ["import, in a process that has langgraph and openai (median of 10)", f"{r['import']['import_ms']:.0f} ms"],
+        ["the first `maestro.wrap`", f"{r['import']['wrap_ms']:.1f} ms"],
+        ["the first call, once", f"{r['import']['first_call_ms']:.0f} ms"],
+        *(
+            [f"a call, {mode} (median of {c['calls']}; plain {c['plain_ms']:.2f} ms)", f"{c['added_ms']:.2f} ms"]
+            for mode, c in r["call"].items()
+        ),
+        [f"a run in flight (of {r['memory']['maestro']['runs']})", f"{r['memory']['added_rss_bytes'] / 1024:.1f} KiB"],
+        *([f"resident after {look['runs']} runs", f"{look['rss_bytes'] / 2**20:.1f} MiB"] for look in r["leak"]["looks"]),
+        ["growth per run, second half of them", f"{r['leak']['late_bytes_per_run']:.0f} bytes"],
+    ]
+    ends = ", ".join(f"{n} {what}" for what, n in r["leak"]["ended"].items())
+    return f"{rows(['what Maestro adds', ''], body)}\n\nThe runs ended: {ends}. Raw: `docs/results/{name}.json`."
+
+
+def starvation(name: str) -> str:
+    """Synchronous nodes under ainvoke."""
+    r = load(name)
+    body = [
+        [c["case"], f"{c['all_s']:.2f} s", "-" if c["known_at_once"] is None else str(c["known_at_once"])] for c in r["cases"]
+    ]
+    return (
+        f"{rows(['', 'all answered after', 'calls known at once'], body)}\n\n{r['runs']} runs of one call begin at once; one "
+        f"alone takes {r['ideal_s']:.2f} s. The loop's own pool: {r['threads_of_the_loop']} threads. Label: `{r['label']}`."
+    )
+
+
+def observe(name: str) -> str:
+    """What the report promised and what Maestro kept, by seed."""
+    body: list[list[str]] = []
+    for r in load(name):
+        ways = {
+            "observed": r["observed"], "replayed first come first served": r["told"]["replayed"],
+            "promised": r["told"]["promised"], "promised, engines mute": r["untold"]["promised"], "kept": r["kept"],
+        }  # fmt: skip
+        for way, classes in ways.items():
+            cells = [f"{c['in_time']} / {c['runs']}, {c['p95_s']:.1f} s" for c in classes.values()]
+            error = {"promised": r["told"], "promised, engines mute": r["untold"]}.get(way)
+            body.append([str(r["seed"]), way, *cells, f"{error['gain']['error']:.1%}" if error else ""])
+    costs = ", ".join(f"{r['cost']['added_ms']['p50']:.2f}" for r in load(name))
+    head = ["seed", "", "interactive in time, p95", "batch in time, p95", "replay's own error"]
+    return (
+        f"{rows(head, body)}\n\nObserving added {costs} ms to a call (median of {load(name)[0]['cost']['calls']} pairs, by seed). "
+        f"Label: `{load(name)[0]['label']}`. Raw: `docs/results/{name}.json`."
+    )
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "matrix": matrix,
+    "matrix-ways": matrix,
+    "graphs": graphs,
+    "upstream": upstream,
+    "gate-faults": gate_faults,
+    "cost": cost,
+    "starvation": starvation,
+    "observe": observe,
     "overhead": overhead,
     "order-vllm": order,
     "faults-vllm": faults,

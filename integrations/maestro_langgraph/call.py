@@ -109,6 +109,8 @@ class Call:
         self.retries_left = retries
         self.ended = False
         self.pass_: Pass | None = None
+        #: The asynchronous calls of its loop, itself among them; None for a synchronous call.
+        self.beside: WeakSet[Call] | None = None
         self.blocks_loop = _meets_loop(self, is_async=is_async)
 
     @property
@@ -164,6 +166,7 @@ class Call:
             deadline_at_s=deadline_at_s,
             run_started_at_s=owner.started_at_s if owner else now_s,
             pushed_at_s=now_s,
+            due_at_s=now_s,
             prompt_tokens=estimate_tokens(self.body),
             max_tokens=max_output_tokens(self.body),
             visit=visit,
@@ -424,7 +427,8 @@ class Call:
                 self.pass_.cancel()
 
     def _forget_stream(self) -> None:
-        _leave_loop(self)
+        if self.beside is not None:
+            self.beside.discard(self)
         if self.caller.run is not None:
             self.caller.run.open_streams.pop(self, None)
             adopted.seen(self.caller.run)
@@ -455,7 +459,10 @@ def _meets_loop(call: Call, *, is_async: bool) -> bool:
     except RuntimeError:
         return False
     if is_async:
-        _on_loop.setdefault(loop, WeakSet()).add(call)
+        call.beside = _on_loop.get(loop)
+        if call.beside is None:
+            call.beside = _on_loop[loop] = WeakSet()
+        call.beside.add(call)
         return False
     if not _on_loop.get(loop):
         return False
@@ -463,11 +470,6 @@ def _meets_loop(call: Call, *, is_async: bool) -> bool:
         "a synchronous model call in an asynchronous node stops the event loop for all others: use ainvoke or astream"
     )
     return True
-
-
-def _leave_loop(call: Call) -> None:
-    for calls in tuple(_on_loop.values()):
-        calls.discard(call)
 
 
 def _answer(result: object) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ holds for it. Clients live in one process (a fork starts without) and, where asy
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Mapping
 from types import ModuleType
@@ -125,6 +126,7 @@ def _limits(httpx: ModuleType) -> Any:
     return httpx.Limits(max_connections=1000, max_keepalive_connections=100)  # as the SDK's own
 
 
+@functools.lru_cache(maxsize=256)
 def suffix_of(url: str) -> str | None:
     """The path below an engine's URL, where Maestro manages it."""
     path = urlsplit(url).path.rstrip("/")

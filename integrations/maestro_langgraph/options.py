@@ -71,6 +71,8 @@ class Options:
 
     def over(self, other: Options) -> Options:
         """Return these options, and the other's where nothing is said here."""
+        if self == _NOTHING:
+            return other
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(other, **{k: v for k, v in mine.items() if v is not None})
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager
+from types import TracebackType
 
 logger = logging.getLogger("maestro")
 
@@ -26,10 +25,21 @@ def tell_once(text: str) -> None:
         logger.warning("maestro: %s", text)
 
 
-@contextmanager
-def quietly(where: str) -> Generator[None]:
-    """Keep an error of ours from the user's call."""
-    try:
-        yield
-    except Exception as e:  # a bug of ours never breaks the user's graph
-        warn_once(where, e)
+class quietly:  # noqa: N801 - used as a function
+    """Keep an error of ours from the user's call: ``with quietly("what is done"): ...``."""
+
+    __slots__ = ("_where",)
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        warn_once(self._where, error)
+        return True

@@ -5,6 +5,7 @@ Through LangChain a refusal becomes LangChain's class of the same kind; ours is 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any, cast
@@ -78,5 +79,10 @@ def as_sdk_error(error: MaestroError, httpx: ModuleType, url: str) -> MaestroErr
 
 def httpx_of(sdk_client: Any) -> ModuleType:
     """The HTTP module that the caller's client is built on: ``httpx2`` since openai 3, ``httpx`` before."""
-    families = [cls.__module__.split(".")[0] for cls in type(sdk_client._client).__mro__]
+    return _httpx_below(cast("type[object]", type(sdk_client._client)))
+
+
+@functools.lru_cache(maxsize=64)
+def _httpx_below(http_client: type[object]) -> ModuleType:
+    families = [cls.__module__.split(".")[0] for cls in http_client.__mro__]
     return importlib.import_module(next((f for f in families if f in {"httpx", "httpx2"}), "httpx"))

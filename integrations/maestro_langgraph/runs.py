@@ -42,7 +42,7 @@ logger = logging.getLogger("maestro")
 
 MAX_RUNS: Final = 100_000
 """Callback ids remembered at a time, over all live runs; the oldest is forgotten first."""
-MAX_ORPHANS: Final = 4_096
+MAX_ORPHANS: Final = 1_024
 MAX_PAUSED: Final = 10_000
 PAUSED_S: Final = 24 * 3600.0
 """How long a paused run is remembered."""
@@ -107,10 +107,10 @@ class Run:
     members: set[UUID] = field(default_factory=set[UUID])
     #: Node -> count of the calls that were progress.
     visits: dict[str, Iterator[int]] = field(default_factory=dict[str, Iterator[int]])
-    calls: OrderedDict[str, _Calls] = field(default_factory=OrderedDict[str, _Calls])
-    steps: OrderedDict[tuple[str, str], _Step] = field(default_factory=OrderedDict[tuple[str, str], _Step])
+    calls: dict[str, _Calls] = field(default_factory=dict[str, _Calls])
+    steps: dict[tuple[str, str], _Step] = field(default_factory=dict[tuple[str, str], _Step])
     #: Task -> the moment (monotonic) from which LangGraph gives up on it, of those that have one.
-    limits: OrderedDict[str, float] = field(default_factory=OrderedDict[str, float])
+    limits: dict[str, float] = field(default_factory=dict[str, float])
     #: What it has shown of its graph.
     moves: Moves = field(default_factory=Moves)
     #: Answers that stream now, and the LangGraph task that reads each.
@@ -155,12 +155,13 @@ class Run:
 
     def limit_task(self, task: str, run_s: float, step_s: float) -> None:
         """Note how long LangGraph lets a task run from now, and its superstep from that one's start."""
+        if min(run_s, step_s) == math.inf:
+            return
         now_s = time.monotonic()
         step = self.steps.get((task.rpartition("|")[0], ""))
         at_s = min(now_s + run_s, (step.began_monotonic_s if step else now_s) + step_s)
-        if at_s < math.inf:
-            self.limits[task] = min(at_s, self.limits.get(task, math.inf))
-            _bound(self.limits, MAX_TASKS)
+        self.limits[task] = min(at_s, self.limits.get(task, math.inf))
+        _bound(self.limits, MAX_TASKS)
 
     def limit_s(self, task: str) -> float:
         """Seconds until LangGraph gives up on this task, or on one that it is part of; inf where it does not."""
@@ -201,6 +202,12 @@ class Run:
         if paused.started_at_s:
             self.started_at_s, self.deadline_at_s = paused.started_at_s + pause_s, paused.deadline_at_s + pause_s
         self.visits, self.calls = paused.visits, paused.calls
+
+    def forget(self) -> None:
+        """Let go of what nobody asks for once it has ended and was told: an orphan may keep the run itself for long."""
+        for table in (self.visits, self.calls, self.steps, self.limits, self.open_streams):
+            table.clear()
+        self.moves = Moves()
 
     def holds_stream(self, task: str) -> bool:
         """Whether this LangGraph task, or one that it is nested in, is reading an answer that still streams."""
@@ -271,7 +278,8 @@ def start(
     if run.root == callback_id and run.workflow is None and workflow is not None:
         run.workflow = workflow  # where the process-wide handler came first, the graph's own knows more
         run.name = name if name and name != "LangGraph" else ""
-        run.options = options_now(options)
+        if not new:
+            run.options = options_now(options)
     return run if new else None
 
 
@@ -325,6 +333,8 @@ def end(callback_id: UUID, error: BaseException | None, parent: UUID | None = No
     _tell(run, ago_s)
     if run.outcome == "paused" and run.thread:
         _pause(run)
+    elif run.outcome != "done":
+        run.forget()
 
 
 def _tell(run: Run, ago_s: float) -> None:
@@ -333,7 +343,6 @@ def _tell(run: Run, ago_s: float) -> None:
         return
     client = Client.current() if run.stages else None
     tasks, calls, moves = run.moves.counts(done=run.outcome == "done") if run.workflow else ({}, {}, ())
-    run.moves = Moves()  # told; the run itself may be remembered for long
     ended = RunEnd(
         run_id=run.run_id,
         workflow=run.workflow.fingerprint if run.workflow else "",

@@ -335,12 +335,12 @@ def _signed(event: bytes, usage: bytes) -> bytes:
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
-    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+    return cast("Mapping[str, Any]", value) if type(value) is dict or isinstance(value, Mapping) else {}
 
 
 def _mappings(value: object) -> Sequence[Mapping[str, Any]]:
     items = cast("list[object]", value) if isinstance(value, list) else []
-    return [cast("Mapping[str, Any]", i) for i in items if isinstance(i, Mapping)]
+    return [m for i in items if (m := _mapping(i))]
 
 
 def _int(value: object) -> int:

@@ -87,11 +87,13 @@ def _messages(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         source = body.get("input")
         if isinstance(source, str):
             return [{"role": "user", "content": source}]
-    return [cast("Mapping[str, Any]", m) for m in _items(source) if isinstance(m, Mapping)]
+    return [cast("Mapping[str, Any]", m) for m in _items(source) if type(m) is dict or isinstance(m, Mapping)]
 
 
 def _items(value: object) -> Sequence[object]:
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    if type(value) is list:  # the usual, and the abstract class is slow to ask
+        return cast("Sequence[object]", value)
+    if value is not None and isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return cast("Sequence[object]", value)
     return ()
 
@@ -108,7 +110,7 @@ def _text_tokens(content: object) -> float:
     if isinstance(content, str):
         size = len(content) if content.isascii() else len(content.encode("utf-8", "ignore"))
         return size / BYTES_PER_TOKEN
-    return sum(_part_tokens(part) for part in _items(content))
+    return 0.0 if content is None else sum(_part_tokens(part) for part in _items(content))
 
 
 def _part_tokens(part: object) -> float:
@@ -124,6 +126,8 @@ def _prompt_tokens(prompt: object) -> float:
     """A completion's prompt: text, several texts, token ids, or several lists of token ids."""
     if isinstance(prompt, str):
         return _text_tokens(prompt)
+    if prompt is None:
+        return 0.0
     parts = _items(prompt)
     if parts and all(isinstance(p, int) for p in parts):
         return float(len(parts))

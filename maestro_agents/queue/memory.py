@@ -70,6 +70,7 @@ class MemoryQueue:
     def __init__(self, *, lease_s: float = 10.0, max_queue: int = 10_000, log_length: int = LOG_LENGTH) -> None:
         self.lease_s = lease_s
         self.max_queue = max_queue
+        self.log_length = log_length
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
         self._ended: OrderedDict[str, Status] = OrderedDict()
@@ -110,18 +111,20 @@ class MemoryQueue:
             self._wake.set()
             return None
 
-    def push_at_once(self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float) -> Grant | None:
+    def push_at_once(
+        self, ticket: Ticket, *, engines: Sequence[EngineSpec], now_s: float, priority: int
+    ) -> Grant | None:
         """The fast path of `push` alone, for a stage that is new; from any thread. None: nothing has happened."""
         with self._lock:
-            return self._fast(ticket, engines, now_s) if ticket.client_id in self._clients else None
+            return self._fast(ticket, engines, now_s, priority) if ticket.client_id in self._clients else None
 
-    def _fast(self, ticket: Ticket, engines: Sequence[EngineSpec], now_s: float) -> Grant | None:
+    def _fast(self, ticket: Ticket, engines: Sequence[EngineSpec], now_s: float, priority: int = 0) -> Grant | None:
         if not ticket.nested and self._ready.get(ticket.model):
             return None
         spec = self._credit(ticket, engines, now_s)
         if spec is None:
             return None
-        grant = self._lease(ticket, spec.engine_id, self._need(ticket, spec), now_s, fast=True)
+        grant = self._lease(ticket, spec.engine_id, self._need(ticket, spec), now_s, fast=True, priority=priority)
         self._stages[ticket.stage_id] = _Stage(ticket, Status.GRANTED, grant)
         return grant
 
@@ -144,7 +147,9 @@ class MemoryQueue:
     def _need(self, ticket: Ticket, spec: EngineSpec) -> int:
         return kv_need_bytes(ticket, self._p99.get(ticket.role_key, DEFAULT_P99_OUTPUT_TOKENS), spec)
 
-    def _lease(self, ticket: Ticket, engine_id: str, kv_bytes: int, now_s: float, *, fast: bool) -> Grant:
+    def _lease(
+        self, ticket: Ticket, engine_id: str, kv_bytes: int, now_s: float, *, fast: bool, priority: int = 0
+    ) -> Grant:
         self._fence += 1
         self._slots[engine_id] += 1
         self._kv_bytes[engine_id] += kv_bytes
@@ -154,6 +159,7 @@ class MemoryQueue:
             token=self._fence,
             epoch=self._epoch,
             kv_bytes=kv_bytes,
+            priority=priority,
             granted_at_s=now_s,
             lease_until_s=now_s + self.lease_s,
             fast=fast,
@@ -249,7 +255,7 @@ class MemoryQueue:
             self._return(stage.grant, drain_since_s)
         del self._stages[stage.ticket.stage_id]
         self._ended[stage.ticket.stage_id] = to
-        if len(self._ended) > (self._log.maxlen or LOG_LENGTH):
+        if len(self._ended) > self.log_length:
             self._ended.popitem(last=False)
 
     def _return(self, grant: Grant, drain_since_s: float | None) -> None:

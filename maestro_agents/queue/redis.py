@@ -104,6 +104,7 @@ class RedisQueue:
             raise ConfigError(f"pool {pool!r}: use 1 to 64 letters, digits, '_', '.' or '-'")
         self.lease_s = lease_s
         self.max_queue = max_queue
+        self.log_length = LOG_LENGTH
         self._prefix = f"maestro:{{{pool}}}:"
         try:
             self._redis: Any = client or aioredis.Redis.from_url(
@@ -291,7 +292,7 @@ class RedisQueue:
                 token,
                 Status.DONE if o.status is Status.DONE else Status.FAILED,
                 o.encode(),
-                LOG_LENGTH,
+                self.log_length,
                 RECORD_TTL_S,
             )
         )
@@ -329,7 +330,7 @@ class RedisQueue:
         await self._append("o", observation.encode())
 
     async def _append(self, kind: str, body: str) -> None:
-        await self._run("log", self._keys("log"), kind, body, LOG_LENGTH)
+        await self._run("log", self._keys("log"), kind, body, self.log_length)
 
     async def switch(self) -> Switch:
         async with _reachable():

@@ -10,11 +10,13 @@ Only dictionary work, bounded per run. A node that begins costs some microsecond
 from __future__ import annotations
 
 import copy
+import functools
+import heapq
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from langgraph.errors import GraphInterrupt
@@ -28,12 +30,22 @@ MAX_TASKS: Final = 2_000
 MAX_ENTRIES: Final = 200
 """Nodes, and moves, that the end of a run carries; the rarest are left out."""
 
+_K = TypeVar("_K")
 _Nodes = Mapping[str, int]
 
 
+@functools.lru_cache(maxsize=1024)
 def node_path(namespace: str) -> str:
     """``team:<task>|1|writer:<task>`` -> ``team:writer``: the id that the drawn graph gives the node."""
     return ":".join(part.split(":")[0] for part in namespace.split("|") if part and not part.isdigit())
+
+
+def _sum(parts: Iterable[_Nodes]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in parts:
+        for node, n in part.items():
+            total[node] = total.get(node, 0) + n
+    return total
 
 
 @dataclass(eq=False, slots=True)
@@ -50,11 +62,7 @@ class _Task:
     def exits(self) -> _Nodes:
         """The nodes after which what follows this task begins."""
         if self.inner:
-            found: Counter[str] = Counter()
-            for frame in self.inner:
-                if frame.last:
-                    found.update(frame.exits())
-            return found
+            return _sum(frame.exits() for frame in self.inner if frame.last)
         return self.sources if self.container else {self.node: 1}
 
 
@@ -81,18 +89,12 @@ class _Frame:
         if not self.batch:
             self.before = self.entry
             return
-        before: Counter[str] = Counter()
-        for task in self.batch:
-            before.update(task.exits())
-        self.before = before
-        self.leaves.update(before)
+        self.before = _sum(task.exits() for task in self.batch)
+        self.leaves.update(self.before)
         self.batch = []
 
     def exits(self) -> _Nodes:
-        found = Counter(self.leaves)
-        for task in self.batch:
-            found.update(task.exits())
-        return found
+        return _sum((self.leaves, *(task.exits() for task in self.batch)))
 
 
 class Moves:
@@ -105,9 +107,9 @@ class Moves:
         self._tasks: dict[str, _Task] = {}
         self._live: dict[UUID, _Task] = {}
         self._frames: dict[str, _Frame] = {}
-        self._counts: Counter[str] = Counter()
-        self._calls: Counter[str] = Counter()
-        self._moves: Counter[tuple[str, str]] = Counter()
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._calls: defaultdict[str, int] = defaultdict(int)
+        self._moves: defaultdict[tuple[str, str], int] = defaultdict(int)
 
     def start(self, callback_id: UUID, metadata: Mapping[str, Any], workflow: Workflow | None) -> None:
         """Note that something begins inside a task. The first that does is the task itself."""
@@ -192,7 +194,7 @@ class Moves:
         led to, and it is not counted.
         """
         with self._lock:
-            tasks, moves = Counter(self._counts), Counter(self._moves)
+            tasks, moves = self._counts.copy(), self._moves.copy()
             root = self._frames.get("")
             last: _Nodes = root.exits() if root is not None else {}
             for node, times in last.items():
@@ -200,12 +202,16 @@ class Moves:
                     moves[node, END] += times
                 elif tasks[node] > 0:
                     tasks[node] = max(0, tasks[node] - times)
-            calls = {node: n for node, n in self._calls.most_common(MAX_ENTRIES) if n > 0}
-        return (
-            {node: n for node, n in tasks.most_common(MAX_ENTRIES) if n > 0},
-            calls,
-            tuple((a, b, n) for (a, b), n in moves.most_common(MAX_ENTRIES)),
-        )
+            calls = _most(self._calls)
+        return _most(tasks), calls, tuple((a, b, n) for (a, b), n in _most(moves).items())
+
+
+def _most(counts: Mapping[_K, int]) -> dict[_K, int]:
+    """What was counted, without the rarest where there is too much."""
+    some = {key: n for key, n in counts.items() if n > 0}
+    if len(some) <= MAX_ENTRIES:
+        return some
+    return dict(heapq.nlargest(MAX_ENTRIES, some.items(), key=lambda counted: counted[1]))
 
 
 def _sources(frame: _Frame, triggers: tuple[str, ...], workflow: Workflow | None, node: str) -> _Nodes:

@@ -494,7 +494,16 @@ def check_upstream(
         print(json.dumps(found))
     else:
         table = Table(
-            "suite", "version", "tests", "pass", "skip", "fail by themselves", "vary by themselves", "same", "differ"
+            "suite",
+            "version",
+            "tests",
+            "pass",
+            "skip",
+            "fail by themselves",
+            "vary by themselves",
+            "same",
+            "differed once",
+            "differ",
         )
         for r in found:
             sizes = (
@@ -504,6 +513,7 @@ def check_upstream(
                 len(r["failed"]),
                 len(r["flaky"]),
                 r["same"],
+                len(r["once"]),
                 len(r["different"]),
             )
             table.add_row(r["suite"], r["version"], *map(str, sizes))
@@ -511,6 +521,9 @@ def check_upstream(
         for r in found:
             for test, (plain, ours) in r["different"].items():
                 Console().print(f"{test}: {plain}, under Maestro {ours}", markup=False, highlight=False)
+            for test, (plain, ours) in r["once"].items():
+                told = f"{plain}, under Maestro {ours}; alone the same, {bench.ALONE} times each way"
+                Console().print(f"{test}: {told}", markup=False, highlight=False)
     if any(r["different"] for r in found):
         raise typer.Exit(1)
 

@@ -3,7 +3,8 @@
 The suites come in the source distributions of the versions that are installed here, and run in a virtual environment of
 their own that sees what this one has. Each suite runs twice plain, then under Maestro as the whole process (no Redis: calls
 go to the URL that the app uses). A test that ends differently in the two plain runs says nothing and is left out; every
-other must end the same under Maestro.
+other must end the same under Maestro. Many of them wait for fractions of a second: one that ended differently runs again
+alone, `ALONE` times each way, and counts as different unless it ends the same every time.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _TOOLS: Final = re.compile(r"(ruff|mypy|types-|pyperf|py-spy|pytest-(cov|watcher
 _WORST: Final = ("passed", "xfailed", "skipped", "failed", "error")
 _SHARE: Final = re.compile(rb"\[ *(\d+)%\]")
 
+ALONE: Final = 5
+
 Outcomes = Mapping[str, str]
 Say = Callable[[str, str, int], None]
 """Told of suite, way (``plain 1``, ``plain 2``, ``maestro``) and percent done."""
@@ -54,7 +57,27 @@ def _suite(name: str, folder: Path, python: Path, workers: int, say: Say) -> dic
     first, second, ours = (
         _outcomes(name, way, where, python, workers, say) for way in ("plain 1", "plain 2", "maestro")
     )
-    return {"suite": name, "version": importlib.metadata.version(SUITES[name]), **compare(first, second, ours)}
+    found = compare(first, second, ours)
+    again = {}
+    for test in found["different"]:
+        ways = ("plain", "maestro") * ALONE
+        ends = [_outcomes(name, f"{way} alone", where, python, 0, say, _node(where, test)).get(test) for way in ways]
+        again[test] = {"plain": ends[::2], "maestro": ends[1::2]}
+    found["once"] = {t: found["different"].pop(t) for t, ends in again.items() if _same(ends)}
+    return {"suite": name, "version": importlib.metadata.version(SUITES[name]), **found, "alone": again}
+
+
+def _same(ends: Mapping[str, list[str | None]]) -> bool:
+    return len({*ends["plain"], *ends["maestro"]}) == 1 and ends["plain"][0] is not None
+
+
+def _node(where: Path, test: str) -> str:
+    """Pytest's own name of a test of the report: ``tests.test_a.TestB::test_c[d]`` -> ``tests/test_a.py::TestB::test_c[d]``."""
+    module, _, name = test.partition("::")
+    parts = module.split(".")
+    files = (n for n in range(len(parts), 0, -1) if where.joinpath(*parts[:n]).with_suffix(".py").is_file())
+    n = next(files, len(parts))
+    return "::".join(["/".join(parts[:n]) + ".py", *parts[n:], name])
 
 
 def compare(first: Outcomes, second: Outcomes, ours: Outcomes) -> dict[str, Any]:
@@ -124,13 +147,15 @@ def _output(command: list[str]) -> str:
     return done.stdout.strip()
 
 
-def _outcomes(suite: str, way: str, where: Path, python: Path, workers: int, say: Say) -> dict[str, str]:
+def _outcomes(
+    suite: str, way: str, where: Path, python: Path, workers: int, say: Say, only: str = "tests"
+) -> dict[str, str]:
     """Run pytest once, under Maestro where the way says so. Its log and report lie beside the suite."""
     report, log = (where.with_name(f"{where.name} {way}.{ending}") for ending in ("xml", "log"))
     report.unlink(missing_ok=True)
-    tests = ["-m", "pytest", "tests", "-p", "no:cacheprovider", f"--junitxml={report.absolute()}", "-n", str(workers)]
+    tests = ["-m", "pytest", only, "-p", "no:cacheprovider", f"--junitxml={report.absolute()}", "-n", str(workers)]
     command = [str(python), *tests]
-    if way == "maestro":
+    if way.startswith("maestro"):
         command = [str(python), "-m", "maestro_agents.cli", "run", "--", *command]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MAESTRO_") and k != "PYTHONPATH"}
     env |= {"NO_DOCKER": "true", "PYTHONUNBUFFERED": "1"}
