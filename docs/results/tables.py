@@ -119,7 +119,16 @@ def matrix(name: str) -> str:
         ]
         for t in load(name)
     ]  # fmt: skip
-    head = ["openai", "langchain-openai", "way in", "constructs", "modes", "cells as they should be", "left out", "requests"]
+    head = [
+        "openai",
+        "langchain-openai",
+        "way in",
+        "constructs",
+        "modes",
+        "cells as they should be",
+        "left out",
+        "requests",
+    ]
     return f"{rows(head, body)}\n\nLabel: `emulated`. Raw cells: `docs/results/{name}.json`."
 
 
@@ -167,7 +176,13 @@ def gate_faults(name: str) -> str:
     """One row a fault."""
     found = load(name)
     body = [
-        [r["fault"], f"{r['same']} / {r['runs']}", f"{r['extra_s']:.2f} s", str(r["lines"]), "yes" if r["survived"] else "**no**"]
+        [
+            r["fault"],
+            f"{r['same']} / {r['runs']}",
+            f"{r['extra_s']:.2f} s",
+            str(r["lines"]),
+            "yes" if r["survived"] else "**no**",
+        ]
         for r in found["faults"]
     ]
     head = ["fault of the gate", "normal results", "slower by", "lines in the log", "survived"]
@@ -186,7 +201,10 @@ def cost(name: str) -> str:
             for mode, c in r["call"].items()
         ),
         [f"a run in flight (of {r['memory']['maestro']['runs']})", f"{r['memory']['added_rss_bytes'] / 1024:.1f} KiB"],
-        *([f"resident after {look['runs']} runs", f"{look['rss_bytes'] / 2**20:.1f} MiB"] for look in r["leak"]["looks"]),
+        *(
+            [f"resident after {look['runs']} runs", f"{look['rss_bytes'] / 2**20:.1f} MiB"]
+            for look in r["leak"]["looks"]
+        ),
         ["growth per run, second half of them", f"{r['leak']['late_bytes_per_run']:.0f} bytes"],
     ]
     ends = ", ".join(f"{n} {what}" for what, n in r["leak"]["ended"].items())
@@ -197,7 +215,8 @@ def starvation(name: str) -> str:
     """Synchronous nodes under ainvoke."""
     r = load(name)
     body = [
-        [c["case"], f"{c['all_s']:.2f} s", "-" if c["known_at_once"] is None else str(c["known_at_once"])] for c in r["cases"]
+        [c["case"], f"{c['all_s']:.2f} s", "-" if c["known_at_once"] is None else str(c["known_at_once"])]
+        for c in r["cases"]
     ]
     return (
         f"{rows(['', 'all answered after', 'calls known at once'], body)}\n\n{r['runs']} runs of one call begin at once; one "
@@ -206,9 +225,10 @@ def starvation(name: str) -> str:
 
 
 def observe(name: str) -> str:
-    """What the report promised and what Maestro kept, by seed."""
+    """What the report promised and what Maestro kept, by seed (``NAME-seed-N.json``)."""
+    found = [load(path.stem) for path in sorted(HERE.glob(f"{name}-seed-*.json"))]
     body: list[list[str]] = []
-    for r in load(name):
+    for r in found:
         ways = {
             "observed": r["observed"], "replayed first come first served": r["told"]["replayed"],
             "promised": r["told"]["promised"], "promised, engines mute": r["untold"]["promised"], "kept": r["kept"],
@@ -217,11 +237,11 @@ def observe(name: str) -> str:
             cells = [f"{c['in_time']} / {c['runs']}, {c['p95_s']:.1f} s" for c in classes.values()]
             error = {"promised": r["told"], "promised, engines mute": r["untold"]}.get(way)
             body.append([str(r["seed"]), way, *cells, f"{error['gain']['error']:.1%}" if error else ""])
-    costs = ", ".join(f"{r['cost']['added_ms']['p50']:.2f}" for r in load(name))
+    costs = ", ".join(f"{r['cost']['added_ms']['p50']:.2f}" for r in found)
     head = ["seed", "", "interactive in time, p95", "batch in time, p95", "replay's own error"]
     return (
-        f"{rows(head, body)}\n\nObserving added {costs} ms to a call (median of {load(name)[0]['cost']['calls']} pairs, by seed). "
-        f"Label: `{load(name)[0]['label']}`. Raw: `docs/results/{name}.json`."
+        f"{rows(head, body)}\n\nObserving added {costs} ms to a call (medians of {found[0]['cost']['calls']} pairs, by seed). "
+        f"Label: `{found[0]['label']}`. Raw: `docs/results/{name}-seed-*.json`."
     )
 
 

@@ -58,7 +58,7 @@ def _suite(name: str, folder: Path, python: Path, workers: int, say: Say) -> dic
         _outcomes(name, way, where, python, workers, say) for way in ("plain 1", "plain 2", "maestro")
     )
     found = compare(first, second, ours)
-    again = {}
+    again: dict[str, dict[str, list[str | None]]] = {}
     for test in found["different"]:
         ways = ("plain", "maestro") * ALONE
         ends = [_outcomes(name, f"{way} alone", where, python, 0, say, _node(where, test)).get(test) for way in ways]
