@@ -14,15 +14,18 @@ Who goes first, where to, does it fit?  `maestro_agents.policy` (priority, routi
 It is granted an engine                 `maestro_agents.scheduler` (collect, predict, plan, grant, act, learn)
 Tokens stream                           straight from the engine to the app: no Python of ours stands between
 The completion is learned from          `maestro_agents.client` writes it, `maestro_agents.scheduler` reads it
+What would it have gained?              `maestro_agents.simulator` (recording, replay), by `maestro report`
 ====================================== =============================================================================
 
 Around the journey:
 
 * `maestro_agents.core`: the nouns and the lifecycle of a stage; `maestro_agents.errors`: every error, one tree;
   `maestro_agents.ports`: all that is needed from outside, with its promises.
-* `maestro_agents.settings`: ``MAESTRO_*`` and ``maestro.toml``; `maestro_agents.fleet`: ``fleet.toml``.
+* `maestro_agents.settings`: ``MAESTRO_*`` and ``maestro.toml``; `maestro_agents.fleet`: ``fleet.toml``;
+  `maestro_agents.events`: the file with a line for every call and run that ended.
 * `maestro_agents.guard`: child processes that end when their owner does, kill -9 included.
-* `maestro_agents.simulator`: the engine model that the emulator runs on (the simulator itself is still to come).
+* `maestro_agents.simulator`: the engine model that the emulator runs on, and a record played again on a virtual clock
+  (workloads and policies of one's own are still to come).
 * ``maestro_serving``: launch, adopt, observe and emulate engines.
 * `maestro_agents.cli`: the ``maestro`` command.
 

@@ -63,7 +63,7 @@ def test_a_run_in_flight_is_weighed_against_one_without_maestro() -> None:
 def test_runs_of_every_kind_leave_nothing_behind() -> None:
     """Answered, streamed, failed, cancelled, abandoned: no waiting stage, no held grant, no run, no further file or thread."""
     with cost.served() as url:
-        found = cost._part("leak", "500", url, say=silent)
+        found = cost._part("leak", "500", url, "maestro", say=silent)
     first, last = found["looks"][0], found["looks"][-1]
     assert set(found["ended"].values()) == {100}
     for name in ("room.waiting", "room.held", "room.local", "room.unsent", "room._tasks"):
@@ -76,7 +76,7 @@ def test_runs_of_every_kind_leave_nothing_behind() -> None:
 def test_a_part_that_fails_is_told() -> None:
     """A measurement that broke is an error, not a figure."""
     with pytest.raises(MaestroError, match="'leak' of the measurement failed"):
-        cost._part("leak", "nonsense", "http://127.0.0.1:1/v1", say=silent)
+        cost._part("leak", "nonsense", "http://127.0.0.1:1/v1", "plain", say=silent)
 
 
 @pytest.mark.parametrize("group", [("ticket", "finish"), ("thread dies", "SDK"), ("no Redis answers",)])

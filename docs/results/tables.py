@@ -206,6 +206,7 @@ def cost(name: str) -> str:
             for look in r["leak"]["looks"]
         ),
         ["growth per run, second half of them", f"{r['leak']['late_bytes_per_run']:.0f} bytes"],
+        ["the same without Maestro", f"{r['leak_plain']['late_bytes_per_run']:.0f} bytes"],
     ]
     ends = ", ".join(f"{n} {what}" for what, n in r["leak"]["ended"].items())
     return f"{rows(['what Maestro adds', ''], body)}\n\nThe runs ended: {ends}. Raw: `docs/results/{name}.json`."

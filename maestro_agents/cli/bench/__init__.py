@@ -448,7 +448,11 @@ def measure_cost(
         resident = f"{look['rss_bytes'] / 2**20:.1f} MiB"
         looks.add_row(str(look["runs"]), resident, str(look["threads"]), str(look["files"]), str(look["tasks"]))
     console.print(looks)
-    console.print(f"{leak['bytes_per_run']:.0f} bytes a run, {leak['late_bytes_per_run']:.0f} in the second half")
+    plain = result["leak_plain"]["late_bytes_per_run"]
+    console.print(
+        f"{leak['bytes_per_run']:.0f} bytes a run, {leak['late_bytes_per_run']:.0f} in the second half "
+        f"(without Maestro {plain:.0f})"
+    )
     for name, (before, after) in leak["grown"].items():
         console.print(f"  grew: {name} from {before} to {after}", markup=False, highlight=False)
 

@@ -76,7 +76,8 @@ def run(calls: int, in_flight: int, runs: int, say: Say) -> dict[str, Any]:
         found: dict[str, Any] = {"import": import_times(url, say)}
         found["call"] = _part("calls", str(calls), url, say=say)
         found["memory"] = {way: _part("memory", str(in_flight), url, way, say=say) for way in ("plain", "maestro")}
-        found["leak"] = _part("leak", str(runs), url, say=say)
+        found["leak"] = _part("leak", str(runs), url, "maestro", say=say)
+        found["leak_plain"] = _part("leak", str(runs), url, "plain", say=say)
     memory = found["memory"]
     memory["added_rss_bytes"] = memory["maestro"]["rss_bytes"] - memory["plain"]["rss_bytes"]
     memory["added_python_bytes"] = memory["maestro"]["python_bytes"] - memory["plain"]["python_bytes"]
@@ -318,23 +319,25 @@ def open_files() -> int:
 KINDS: Final = ("answered", "streamed", "failed", "cancelled", "abandoned")
 
 
-async def leak(n: int, url: str) -> dict[str, Any]:
-    """Many runs of every kind, one after the other and side by side; what the process holds after a tenth and after all."""
+async def leak(n: int, url: str, way: str) -> dict[str, Any]:
+    """Many runs of every kind, side by side, without Maestro ("plain") or with it; what the process holds meanwhile."""
     from maestro_langgraph import maestro
 
-    app = maestro.wrap(sample("one_call").graph(MODEL, url, max_tokens=1).compile())
+    app = sample("one_call").graph(MODEL, url, max_tokens=1).compile()
+    if way == "maestro":
+        maestro.wrap(app)
     rng = random.Random(0)
     looks: list[dict[str, Any]] = []
     ended = dict.fromkeys(KINDS, 0)
     for done in range(0, n, len(KINDS)):
         if done in {n // 10, n // 2}:
-            looks.append({"runs": done, **await _look()})
+            looks.append({"runs": done, **await _look(way)})
         await asyncio.gather(*(_one(app, kind, rng) for kind in KINDS))
         for kind in KINDS:
             ended[kind] += 1
         if done % 100 == 0:
             _tell(done, n)
-    looks.append({"runs": n, **await _look()})
+    looks.append({"runs": n, **await _look(way)})
     first, last = looks[0], looks[-1]
     grown = {
         name: [first["tables"].get(name, 0), size]
@@ -369,13 +372,13 @@ async def _one(app: Any, kind: str, rng: random.Random) -> None:
             await app.ainvoke(question)
 
 
-async def _look() -> dict[str, Any]:
+async def _look(way: str) -> dict[str, Any]:
     for _ in range(3):
         await asyncio.sleep(0.2)  # the last reports are on their way
         gc.collect()
     return {
         "rss_bytes": rss_bytes(),
-        "tables": tables(),
+        "tables": tables() if way == "maestro" else {},
         "threads": threading.active_count(),
         "files": open_files(),
         "tasks": len(asyncio.all_tasks()),
