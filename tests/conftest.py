@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if "PYTHONPATH" in os.environ:  # tests change the directory, their child processes still find the sources
     os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in os.environ["PYTHONPATH"].split(os.pathsep))
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script: Ctrl-C is tested all the same
+# Where the tests were started in the background of a script, SIGINT is ignored: Ctrl-C is tested all the same.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -29,6 +29,7 @@ from langchain_core.runnables.config import ContextThreadPoolExecutor
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.config import get_stream_writer
 from langgraph.errors import NodeTimeoutError
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
@@ -680,19 +681,24 @@ def test_a_synchronous_stream_that_is_left_is_bounded_by_the_longest_wait(
     server: StubServer, llm: ChatOpenAI, ends: list[RunEnd], tmp_path: Path
 ) -> None:
     """LangGraph ends it only when its waiting siblings are through: at most ``max_wait_s`` later, and they send nothing."""
-    with managed(tmp_path, {"a": server.url}, slots=1, max_wait_s=0.5):
+
+    def work(_: Any) -> State:
+        get_stream_writer()("here")
+        return {"parts": [str(llm.invoke("x").content)]}
+
+    with managed(tmp_path, {"a": server.url}, slots=1, max_wait_s=3):
         maestro.install()
         holder = threading.Thread(target=llm.invoke, args=("[[hold]] somebody else",))
         holder.start()
         server.wait(lambda s: len(s.requests) == 1)
-        graph = maestro.wrap(fan_out(lambda _: {"parts": [str(llm.invoke("x").content)]}, 3).compile())
-        chunks = graph.stream({"q": "", "parts": []}, stream_mode=["tasks"])
-        while waiting() < 2:  # the loop runs while it is read
-            next(chunks)
+        graph = maestro.wrap(fan_out(work, 3).compile())
+        chunks = graph.stream({"q": "", "parts": []}, stream_mode="custom")
+        assert [next(chunks) for _ in range(3)] == ["here"] * 3
+        asyncio.run(until(lambda: waiting() == 3))
         began_s = time.monotonic()
         with contextlib.suppress(openai.APITimeoutError):  # the siblings' own error
             chunks.close()
-        assert time.monotonic() - began_s < 2
+        assert time.monotonic() - began_s < 10
         asyncio.run(until(lambda: waiting() == 0))
         server.release()
         holder.join(5)
