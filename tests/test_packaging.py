@@ -65,17 +65,18 @@ def test_the_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_every_source(wheel: Path) -> None:
-    """Every module, every Lua file and every sample of the checkout travels."""
+    """Every module, every Lua file, the model with its card, every hardware profile and every sample of the checkout travels."""
     homes = {"maestro_agents": ROOT, "maestro_langgraph": ROOT / "integrations", "maestro_serving": ROOT / "serving"}
     expected = {
         path.relative_to(home).as_posix()
         for package, home in homes.items()
         for path in (home / package).rglob("*")
-        if path.suffix in (".py", ".lua", ".json", ".jsonl", ".typed")
+        if path.suffix in (".py", ".lua", ".json", ".jsonl", ".typed", ".model", ".md", ".toml", ".gz")
     }
     folder = ROOT / "sample_workflows"
     samples = {f"maestro_agents/_samples/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.py")}
     assert any(n.endswith(".lua") for n in expected)
+    assert {"maestro_agents/predict/default.model", "maestro_agents/predict/default.model.md"} <= expected
     assert samples
     assert (expected | samples) - names(wheel) == set()
 

@@ -14,13 +14,16 @@ from typing import Final
 
 import numpy as np
 
-from maestro_agents.predict.features import trace_numbers
-from maestro_agents.predict.learn import Estimate, Predictor
-from maestro_agents.predict.length import SHORT_TOKENS, Example, LengthModel, Progress, train
-from maestro_agents.predict.traces import Call, Forecast
+from maestro_agents.predict.features import FEATURE_NAMES, trace_numbers
+from maestro_agents.predict.learn import Predictor
+from maestro_agents.predict.length import Example, LengthModel, Progress, train
+from maestro_agents.predict.roles import Estimate
+from maestro_agents.predict.traces import SHORT_TOKENS, Call, Forecast
 
 RATIO_RANGE: Final = (0.5, 2.0)
 """Estimates of a prompt's tokens are taken to be wrong by no more than this factor."""
+
+_VISIT: Final = FEATURE_NAMES.index("visit")
 
 
 def sessions(calls: Iterable[Call]) -> list[list[Call]]:
@@ -46,13 +49,11 @@ def examples_of(calls: Sequence[Call], *, seed: int = 0, ratios: Sequence[float]
             max(1, round(c.input_tokens * ratio * rng.uniform(0.97, 1.03))) if ratios else c.input_tokens
             for c in session
         ]
-        visits: dict[str, int] = {}
         for call, told in zip(session, trace_numbers(session, tokens), strict=True):
-            visit = visits[call.role] = visits.get(call.role, -1) + 1
             found[call.app, call.session_id, call.call_index] = Example(
                 model=call.model,
                 role=f"{call.app}:{call.role}",
-                visit=visit,
+                visit=int(told.features[_VISIT]),
                 prompt_tokens=told.prompt_tokens,
                 features=told.features,
                 sketch=told.sketch,
@@ -93,22 +94,14 @@ def held_out(predictor: Predictor, examples: Sequence[Example]) -> list[tuple[li
     assert predictor.model.held_out is not None
     fold, raw = predictor.model.held_out
     said = as_forecast(predictor.estimate(examples, raw))
-    return [(at, _rows(said, at)) for k in sorted(set(fold.tolist())) if (at := np.flatnonzero(fold == k).tolist())]
+    return [(at, said.rows(at)) for k in sorted(set(fold.tolist())) if (at := np.flatnonzero(fold == k).tolist())]
 
 
-def _rows(f: Forecast, at: list[int]) -> Forecast:
-    short = None if f.p_short is None else f.p_short[at]
-    return Forecast(p50=f.p50[at], mean=f.mean[at], p90=f.p90[at], p99=f.p99[at], p_short=short)
-
-
-def cold_start(
-    model: LengthModel, observed: Sequence[Example], asked: Sequence[Example], *, online_statistics: bool = True
-) -> Forecast:
-    """What a model that never saw an app says of its calls after some observed ones. Without ``online_statistics`` alone."""
+def cold_start(model: LengthModel, observed: Sequence[Example], asked: Sequence[Example]) -> Forecast:
+    """What a model that never saw an app says of its calls after some observed ones; of none: the model alone."""
     predictor = Predictor(model)
-    if online_statistics:
-        for session in _in_order(observed):
-            predictor.teach([(e, e.output_tokens) for e in session])
+    for session in _in_order(observed):
+        predictor.teach([(e, e.output_tokens) for e in session])
     return as_forecast(predictor.estimate(asked))
 
 

@@ -29,6 +29,7 @@ from maestro_agents.predict.prompt import (
     SKETCH_IDS,
     TEXT_FEATURES,
     Prompt,
+    Text,
     items,
     mapping,
     max_output_tokens,
@@ -282,7 +283,8 @@ def stage_numbers(
     """
     prompt = Prompt(body)
     tokens = prompt.tokens() if prompt_tokens is None else prompt_tokens
-    return StageNumbers(tokens, _vector(prompt, run, tokens, text=text), _packed(prompt) if text else "")
+    last = prompt.last() if text else None
+    return StageNumbers(tokens, _vector(prompt, run, tokens, last), _packed(prompt, last) if last else "")
 
 
 def estimate_tokens(body: Mapping[str, Any]) -> int:
@@ -301,7 +303,8 @@ def stage_sketch(body: Mapping[str, Any]) -> str:
     Lower case, digits as 0, the first and last 16 words of the instruction, 32 of the message; a character of Chinese,
     Japanese or Korean counts as a word. CRC-32 folded into `SKETCH_BUCKETS`; base64 of little-endian 16-bit numbers.
     """
-    return _packed(Prompt(body))
+    prompt = Prompt(body)
+    return _packed(prompt, prompt.last())
 
 
 def sketch_ids(sketch: str) -> tuple[int, ...]:
@@ -400,19 +403,19 @@ def estimate_ratios(calls: Iterable[Call]) -> list[float]:
 
 
 # -- the vector -----------------------------------------------------------------------------------------------------------
-def _vector(prompt: Prompt, run: RunFacts, tokens: int, *, text: bool) -> tuple[float, ...]:
+def _vector(prompt: Prompt, run: RunFacts, tokens: int, message: Text | None) -> tuple[float, ...]:
+    """Without ``message``, what is found in the last one, nothing is told of words."""
     body, answers = prompt.body, prompt.answers
     json_answer, json_schema = _format(body)
     effort, thinking = _reasoning(body)
     choice = body.get("tool_choice")
     stop = body.get("stop")
     last = (*run.recent, -1, -1, -1)
-    instruction, message = prompt.instruction.features, prompt.last.features
     return (
         float(FEATURES_VERSION),
         float(tokens),
         float(round(prompt.system_tokens)),
-        float(round(prompt.last.tokens)),
+        float(round(prompt.last_counted.tokens)),
         float(prompt.messages),
         float(prompt.assistants),
         float(round(answers[-1])) if answers else UNKNOWN,
@@ -433,9 +436,9 @@ def _vector(prompt: Prompt, run: RunFacts, tokens: int, *, text: bool) -> tuple[
         thinking,
         effort,
         float(prompt.images),
-        *(instruction if text else _NO_TEXT),
-        *(message if text else _NO_TEXT),
-        _id(prompt.instruction_text[:ID_CHARS]) if text else UNKNOWN,
+        *(prompt.instruction.features if message else _NO_TEXT),
+        *(message.features if message else _NO_TEXT),
+        _id(prompt.instruction_text[:ID_CHARS]) if message else UNKNOWN,
         _name_id(run.role),
         _name_id(run.role.partition(":")[0]),
         _name_id(run.model),
@@ -460,8 +463,8 @@ def _vector(prompt: Prompt, run: RunFacts, tokens: int, *, text: bool) -> tuple[
 _NO_TEXT: Final = (UNKNOWN,) * len(TEXT_FEATURES)
 
 
-def _packed(prompt: Prompt) -> str:
-    ids = sorted(prompt.instruction.ids | prompt.last.ids)
+def _packed(prompt: Prompt, message: Text) -> str:
+    ids = sorted(prompt.instruction.ids | message.ids)
     return base64.b64encode(struct.pack(f"<{len(ids)}H", *ids)).decode()
 
 

@@ -12,18 +12,16 @@ Three things learn from every finished stage at once, without training:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
-from maestro_agents.core import EngineSpec, Prediction, Ticket
 from maestro_agents.predict.features import usable
 from maestro_agents.predict.length import HEADS, LengthModel, Lengths
-from maestro_agents.predict.roles import WINDOW, RoleStatistics, Stage, levels
-from maestro_agents.workflow import Workflows
+from maestro_agents.predict.roles import WINDOW, Estimate, RoleStatistics, Stage, levels
 
 OFFSET_SHRINK: Final[Mapping[str, float]] = {"p50": 3.0, "p90": 20.0, "p99": 60.0}
 """Residuals of a level that weigh as much as the level above it: the further out the quantile, the more it takes."""
@@ -149,20 +147,6 @@ class Errors:
         return self.n >= ERROR_MIN and self.said > WORSE * self.experts[-1]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """What one stage will write, in tokens."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    #: Probability of a tool call or a short answer, NaN where there is no model.
-    short_p: float = math.nan
-    #: What it rests on: ``model VERSION``, ``median(n)`` (the model was worse here), ``role(n)``, ``prior``.
-    basis: str = "prior"
-
-
 class Predictor:
     """Predicts waiting stages in batches, learns from finished ones in batches."""
 
@@ -193,10 +177,8 @@ class Predictor:
         return judged is not None and judged.model_is_worse
 
     def _by_statistics(self, stage: Stage) -> Estimate:
-        found = self.statistics.lengths(stage)
-        n = self.statistics.seen(stage)
-        basis = f"{'median' if self._is_worse(stage) else 'role'}({n})" if n else "prior"
-        return Estimate(mean=found.mean, p50=found.p50, p90=found.p90, p99=found.p99, basis=basis)
+        found = self.statistics.estimate(stage)
+        return dataclasses.replace(found, basis=f"median({found.n})") if self._is_worse(stage) else found
 
     def _said(self, stage: Stage, raw: Lengths, row: int, median: float) -> tuple[Estimate, tuple[float, float, float]]:
         """The model's estimate, and the experts' medians that are in it, in logs."""
@@ -281,21 +263,6 @@ class Predictor:
             if "|" in key
         ]
         return sorted(rows, key=lambda r: -float(r["mae_said"]) * float(r["n"]))
-
-
-def prediction(ticket: Ticket, e: Estimate, engine: EngineSpec, workflows: Workflows) -> Prediction:
-    """What the scheduler plans by: a waiting stage's estimate, within what its caller allows, and the run behind it."""
-    bound = math.inf if ticket.max_tokens is None else ticket.max_tokens
-    mean = min(e.mean, bound)
-    return Prediction(
-        output_tokens_mean=mean,
-        output_tokens_p50=min(e.p50, bound),
-        output_tokens_p90=min(e.p90, bound),
-        output_tokens_p99=min(e.p99, bound),
-        service_s=ticket.prompt_tokens * engine.prefill_s_per_token + mean * engine.decode_s_per_token,
-        basis=e.basis,
-        **workflows.remaining(ticket).of_prediction(),
-    )
 
 
 def _tokens(log: float) -> float:

@@ -38,7 +38,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import lsmr  # pyright: ignore[reportUnknownVariableType]
 
 from maestro_agents.errors import ModelUnusable
-from maestro_agents.predict.features import FEATURE_NAMES, FEATURES_VERSION, SKETCH_BUCKETS, SKETCH_IDS, UNKNOWN, usable
+from maestro_agents.predict.features import FEATURE_NAMES, FEATURES_VERSION, SKETCH_BUCKETS, SKETCH_IDS, UNKNOWN
 from maestro_agents.predict.roles import DEFAULT_OUTPUT_TOKENS, STATISTICS, RoleStatistics, Stage, levels
 
 Array = npt.NDArray[np.float64]
@@ -47,9 +47,6 @@ Progress = Callable[[str, float], None]
 
 FORMAT: Final = 1
 """Of the model file. A newer one is refused (`ModelUnusable`)."""
-
-SHORT_TOKENS: Final = 32
-"""An answer of at most so many tokens is short, where nothing says whether it was a tool call."""
 
 FOLDS: Final = 4
 HEADS: Final[Mapping[str, float]] = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -86,19 +83,7 @@ _TREES: Final[Mapping[str, tuple[int, Mapping[str, Any]]]] = {
 }
 """Trees of each model, and what they are grown by (XGBoost's names)."""
 
-_IDENTITY: Final = ("instruction_id", "role_id", "agent_id", "model_id", "previous_role_id")
-_AT: Final = {name: i for i, name in enumerate(FEATURE_NAMES)}
-_LOGGED: Final = [i for i, n in enumerate(FEATURE_NAMES) if n.endswith(("_tokens", "_bytes", "_words", "_lines"))]
-_IDENTITY_AT: Final = tuple(_AT[name] for name in _IDENTITY)
-_TEXT_AT: Final = tuple(
-    i for i, n in enumerate(FEATURE_NAMES) if n.startswith(("instruction_", "last_")) and n != "last_tokens"
-)
-_HISTORY_AT: Final = tuple(
-    i
-    for i, n in enumerate(FEATURE_NAMES)
-    if n.startswith(("run_", "node_last", "node_mean", "node_count", "previous_role"))
-)
-DERIVED: Final = ("role_key_code", "grown_log", "words_all", "words_role", "words_short")
+DERIVED: Final = ("role_key_code", "last_share_log", "words_all", "words_role", "words_short")
 COLUMNS: Final = (*FEATURE_NAMES[1:], *STATISTICS, *DERIVED, "short_p")
 """What each column of the models' input is."""
 
@@ -107,6 +92,18 @@ _STATS_AT: Final = slice(_BASE, _BASE + len(STATISTICS))
 _CODE_AT: Final = _BASE + len(STATISTICS)
 _WORDS_AT: Final = slice(_CODE_AT + 2, _CODE_AT + 5)
 _SHORT_AT: Final = len(COLUMNS) - 1
+
+
+def _columns(belongs: Callable[[str], bool]) -> list[int]:
+    return [i for i, name in enumerate(COLUMNS[:_BASE]) if belongs(name)]
+
+
+_LOGGED_AT: Final = _columns(lambda n: n.endswith(("_tokens", "_bytes", "_words", "_lines")))
+_IDENTITY_AT: Final = _columns(lambda n: n.endswith("_id"))
+_TEXT_AT: Final = _columns(lambda n: n.startswith(("instruction_", "last_")) and n != "last_tokens")
+_HISTORY_AT: Final = _columns(lambda n: n.startswith(("run_", "node_last", "node_mean", "node_count", "previous_role")))
+_PROMPT_AT: Final = COLUMNS.index("prompt_tokens")
+_LAST_AT: Final = COLUMNS.index("last_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +117,7 @@ class Example:
     features: tuple[float, ...]
     sketch: str
     output_tokens: int
-    #: The phase-1 label: it answered by a tool call; where no tools are told of, in at most `SHORT_TOKENS`.
+    #: The phase-1 label: it answered by a tool call; where no tools are told of, in at most `traces.SHORT_TOKENS`.
     short: bool
     #: Rows of one group (a task, a run) are never on both sides of a fold.
     group: str
@@ -213,30 +210,19 @@ class Words:
 
 # -- the input of the models ---------------------------------------------------------------------------------------------
 def _numbers(stages: Sequence[Stage], statistics: Sequence[tuple[float, ...]], codes: Mapping[str, int]) -> Array:
-    """The models' input without words and without phase 1. Unusable features are NaN: statistics alone speak then."""
+    """The models' input without words and without phase 1, of stages whose features are `usable`."""
     out = np.full((len(stages), len(COLUMNS)), np.nan)
-    unknown = (math.nan,) * len(FEATURE_NAMES)
-    raw = np.array([s.features if usable(s.features) else unknown for s in stages], dtype=np.float64)
-    raw = raw.reshape(len(stages), len(FEATURE_NAMES))
-    raw[:, _AT["prompt_tokens"]] = [s.prompt_tokens for s in stages]
-    raw[raw == UNKNOWN] = np.nan
-    raw[:, _LOGGED] = np.log1p(np.maximum(raw[:, _LOGGED], 0))
-    out[:, :_BASE] = raw[:, 1:]
-    out[:, _STATS_AT] = np.array(statistics).reshape(len(stages), len(STATISTICS))
+    told = np.array([s.features for s in stages], dtype=np.float64)[:, 1:]
+    told[:, _PROMPT_AT] = [s.prompt_tokens for s in stages]
+    told[told == UNKNOWN] = np.nan
+    told[:, _LOGGED_AT] = np.log1p(np.maximum(told[:, _LOGGED_AT], 0))
+    out[:, :_BASE] = told
+    out[:, _STATS_AT] = statistics
     out[:, _CODE_AT] = [codes.get(f"{s.model}|{s.role}", math.nan) for s in stages]
-    unknown_role = np.isnan(out[:, _CODE_AT])
-    for i in (
-        _IDENTITY_AT if unknown_role.any() else ()
-    ):  # what was never seen says nothing: the row is read as a cold one
-        out[unknown_role, i - 1] = np.nan
-    out[:, _CODE_AT + 1] = raw[:, _AT["last_tokens"]] - raw[:, _AT["prompt_tokens"]]
+    unknown = np.flatnonzero(np.isnan(out[:, _CODE_AT]))
+    out[unknown[:, None], _IDENTITY_AT] = np.nan  # what was never seen says nothing: the row is read as a cold one
+    out[:, _CODE_AT + 1] = told[:, _LAST_AT] - told[:, _PROMPT_AT]
     return out
-
-
-def _hide(matrix: Array, columns: Iterable[int], *, offset: int = 1) -> None:
-    """Take columns out, by their place in `FEATURES` (``offset`` 1) or in `COLUMNS` (0)."""
-    for i in columns:
-        matrix[:, i - offset] = np.nan
 
 
 def _expected(statistics: Sequence[tuple[float, ...]]) -> Array:
@@ -317,7 +303,7 @@ class LengthModel:
 
     def _input(self, stages: Sequence[Stage], statistics: Sequence[tuple[float, ...]]) -> Array:
         matrix = _numbers(stages, statistics, self.codes)
-        if self.card.variant not in {"no_text", "single_phase"}:
+        if self.card.variant not in _WORDLESS:
             roles = [f"|{s.role}" for s in stages]
             matrix[:, _WORDS_AT] = self.words.told(_matrix(s.sketch for s in stages), roles)
         _mask(matrix, self.card.variant)
@@ -406,15 +392,18 @@ def _said(booster: xgb.Booster, matrix: Array) -> Array:
 
 
 def _mask(matrix: Array, variant: str) -> None:
-    """What a variant may not look at."""
+    """Take out what a variant may not look at."""
     if variant == "no_text":
-        _hide(matrix, _TEXT_AT)
-        _hide(matrix, range(_WORDS_AT.start, _WORDS_AT.stop), offset=0)
+        matrix[:, _TEXT_AT] = np.nan
     elif variant == "no_history":
-        _hide(matrix, _HISTORY_AT)
+        matrix[:, _HISTORY_AT] = np.nan
     elif variant == "single_phase":
-        _hide(matrix, range(_WORDS_AT.start, _WORDS_AT.stop), offset=0)
-        _hide(matrix, range(_STATS_AT.start, _STATS_AT.stop), offset=0)
+        matrix[:, _STATS_AT] = np.nan
+    if variant in _WORDLESS:
+        matrix[:, _WORDS_AT] = np.nan
+
+
+_WORDLESS: Final = frozenset({"no_text", "single_phase"})
 
 
 # -- training ------------------------------------------------------------------------------------------------------------
@@ -447,7 +436,7 @@ def train(
     short = np.array([e.short for e in examples], dtype=np.float64)
     fold = _folds([e.group for e in examples], rng)
     role_names = [f"|{e.role}" for e in examples]
-    use_words = variant not in {"no_text", "single_phase"}
+    use_words = variant not in _WORDLESS
     two_phases = variant not in {"no_phase1", "single_phase"}
 
     tell("words", 0.05)
@@ -470,7 +459,7 @@ def train(
         found[:, _WORDS_AT] = words_oof + noise.normal(0.0, WORDS_NOISE, words_oof.shape)
         _mask(found, variant)
         if hide:
-            _hide(found, _IDENTITY_AT)
+            found[:, _IDENTITY_AT] = np.nan
             found[:, _CODE_AT] = np.nan
             found[:, _WORDS_AT.start + 1] = np.nan
         return found

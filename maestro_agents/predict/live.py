@@ -23,9 +23,9 @@ from maestro_agents.errors import ModelUnusable, QueueUnavailable
 from maestro_agents.ports import MODEL_BYTES, Queue
 from maestro_agents.predict import trainer
 from maestro_agents.predict.features import usable
-from maestro_agents.predict.learn import Estimate, Predictor, prediction
+from maestro_agents.predict.learn import Predictor
 from maestro_agents.predict.length import LengthModel
-from maestro_agents.predict.roles import Stage, teaches
+from maestro_agents.predict.roles import Estimate, Stage, prediction, teaches
 from maestro_agents.workflow import Workflows
 
 log = logging.getLogger("maestro.predict")

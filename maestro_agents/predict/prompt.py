@@ -93,7 +93,7 @@ class Text(NamedTuple):
 class Prompt:
     """The messages of a body, gone through once. It refers to the texts: made for one call, and let go."""
 
-    __slots__ = ("answers", "assistants", "body", "images", "instruction", "instruction_text", "last", "last_role", "last_text",
+    __slots__ = ("answers", "assistants", "body", "images", "instruction", "instruction_text", "last_counted", "last_role", "last_text",
                  "last_unseen_tokens", "messages", "middle_tokens", "system_tokens", "token_ids", "tool_results")  # fmt: skip
 
     def __init__(self, body: Mapping[str, Any]) -> None:
@@ -150,12 +150,16 @@ class Prompt:
         self.middle_tokens = middle_bytes * rate
         self.answers = [n * rate for n in answers[-3:]]
         self.instruction = _instruction(instruction)
-        self.last = _looked_at(last_text, first=0, last=LOOKED_CHARS, words=_LAST_WORDS, base=SKETCH_BUCKETS // 2)
+        self.last_counted = _counted(last_text[-LOOKED_CHARS:])
         self.last_unseen_tokens = 0.0
         if len(last_text) > LOOKED_CHARS:
             unseen = last_text[:-LOOKED_CHARS]
             self.last_unseen_tokens = _size(unseen) * _tokens_per_byte(unseen)
         self.system_tokens = self.instruction.tokens + more_system_bytes * rate
+
+    def last(self) -> Text:
+        """What is found in the last message: more work than its tokens alone (`last_counted`)."""
+        return _looked_at(self.last_counted, words=_LAST_WORDS, base=_HALF)
 
     def _joined(self, content: object) -> str:
         """The text of a content that is given in parts."""
@@ -186,7 +190,7 @@ class Prompt:
     def tokens(self) -> int:
         """The estimate of the whole."""
         tokens = self.token_ids + self.messages * _TOKENS_PER_MESSAGE + self.images * _TOKENS_PER_IMAGE
-        tokens += self.system_tokens + self.middle_tokens + self.last.tokens + self.last_unseen_tokens
+        tokens += self.system_tokens + self.middle_tokens + self.last_counted.tokens + self.last_unseen_tokens
         for name in ("tools", "functions", "response_format"):
             if schema := self.body.get(name):
                 text = _json(schema)
@@ -245,7 +249,8 @@ def _instruction(text: str) -> Text:
     key = hash(text), len(text)
     found = _instructions.get(key)
     if found is None:
-        found = _looked_at(text, first=LOOKED_CHARS // 2, last=LOOKED_CHARS // 2, words=_INSTRUCTION_WORDS, base=0)
+        ends = text if len(text) <= LOOKED_CHARS else text[: LOOKED_CHARS // 2] + text[-LOOKED_CHARS // 2 :]
+        found = _looked_at(_counted(ends), words=_INSTRUCTION_WORDS, base=0)
         if len(text) > LOOKED_CHARS:
             found = found._replace(tokens=_size(text) * _tokens_per_byte(text))
         if len(_instructions) >= _CACHED_INSTRUCTIONS:
@@ -271,21 +276,50 @@ _ASKED_WORDS: Final = re.compile(r"(\d{1,5})[ -]?(?:word|字)")
 _ASKED_SENTENCES: Final = re.compile(r"(\d{1,3})[ -]?(?:sentence|paragraph|句)")
 
 
-def _looked_at(text: str, *, first: int, last: int, words: int, base: int) -> Text:
-    """Features, sketch and tokens of the first and last characters of a text."""
-    if len(text) > first + last:
-        text = text[:first] + text[-last:]
+class _Counted(NamedTuple):
+    """Bytes of each kind in a text, its words (a space belongs to one) and lines."""
+
+    text: str
+    size: int
+    digits: int
+    punctuation: int
+    high: int
+    cjk: int
+    words: int
+    lines: int
+    spaces: int
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of the text.
+
+        Least absolute relative error over English and Chinese messages, code, JSON and Markdown, between what four tokenizers
+        need (OpenAI's cl100k and o200k, DeepSeek's, Claude's); they are further apart than each is from its own best fit. A
+        Chinese character, three bytes, is from half a token (DeepSeek) to one and a quarter (cl100k).
+        """
+        letters = self.size - self.digits - self.punctuation - self.high - self.lines - self.spaces
+        marks = self.words + self.lines + self.punctuation
+        return 0.075 * letters + 0.65 * self.digits + 0.70 * marks + 0.25 * self.cjk + 0.46 * (self.high - self.cjk)
+
+
+def _counted(text: str) -> _Counted:
     data = text.encode("utf-8", "ignore")
     size = len(data)
+    digits = size - len(data.translate(None, _DIGITS))
+    punctuation = size - len(data.translate(None, _PUNCTUATION))
+    high = 0 if text.isascii() else size - len(data.translate(None, _HIGH))
+    cjk = min(high, 3 * (size - len(data.translate(None, _CJK_LEADS)))) if high else 0
+    return _Counted(text, size, digits, punctuation, high, cjk, len(text.split()), data.count(b"\n"), data.count(b" "))
+
+
+def _looked_at(counted: _Counted, *, words: int, base: int) -> Text:
+    """Features, sketch and tokens of a text."""
+    text, size, digits, punctuation, high, cjk, words_in, lines, _ = counted
     if not size:
         return Text(0.0, _EMPTY, frozenset())
-    digits = size - len(data.translate(None, _DIGITS))
+    data = text.encode("utf-8", "ignore")
     capitals = size - len(data.translate(None, _CAPITALS))
-    punctuation = size - len(data.translate(None, _PUNCTUATION))
     braces = size - len(data.translate(None, _BRACES)) if punctuation else 0
-    ascii_only = text.isascii()
-    high = 0 if ascii_only else size - len(data.translate(None, _HIGH))
-    cjk = min(high, 3 * (size - len(data.translate(None, _CJK_LEADS)))) if high else 0
     low = text.lower()
     said: list[float] = []
     for _, _, english, chinese in _SAID:
@@ -300,7 +334,6 @@ def _looked_at(text: str, *, first: int, last: int, words: int, base: int) -> Te
         said.append(hit)
     bare = text.strip()
     begins, ends = bare[:1], bare[-1:]
-    words_in, lines, spaces = len(text.split()), text.count("\n"), text.count(" ")
     features = (
         float(size),
         float(words_in),
@@ -320,14 +353,7 @@ def _looked_at(text: str, *, first: int, last: int, words: int, base: int) -> Te
         _class(begins),
         _class(ends),
     )
-    tokens = _tokens(
-        letters=size - digits - punctuation - high - lines - spaces,
-        digits=digits,
-        marks=words_in + lines + punctuation,
-        cjk=cjk,
-        others=high - cjk,
-    )
-    return Text(tokens, features, _hashed(low, words, base))
+    return Text(counted.tokens, features, _hashed(low, words, base))
 
 
 _EMPTY: Final = (0.0,) * len(TEXT_FEATURES)
@@ -376,38 +402,13 @@ def _words(low: str) -> list[bytes]:
 
 
 # -- tokens --------------------------------------------------------------------------------------------------------------
-def _tokens(*, letters: int, digits: int, marks: int, cjk: int, others: int) -> float:
-    """Tokens of a text, from its bytes of each kind. ``marks``: words (a space belongs to one), lines and punctuation.
-
-    Least absolute relative error over English and Chinese messages, code, JSON and Markdown, between what four tokenizers
-    need (OpenAI's cl100k and o200k, DeepSeek's, Claude's); they are further apart than each is from its own best fit. A
-    Chinese character, three bytes, is from half a token (DeepSeek) to one and a quarter (cl100k).
-    """
-    return 0.075 * letters + 0.65 * digits + 0.70 * marks + 0.25 * cjk + 0.46 * others
-
-
 def _tokens_per_byte(text: str) -> float:
-    """The same for each byte of a longer text, by a few pieces of it."""
+    """Tokens for each byte of a longer text, by a few pieces of it."""
     if len(text) > _SAMPLE_CHARS:
         step = len(text) // 4
         text = "".join(text[at : at + _SAMPLE_CHARS // 4] for at in range(0, 4 * step, step))
-    data = text.encode("utf-8", "ignore")
-    size = len(data)
-    if not size:
-        return 0.0
-    digits = size - len(data.translate(None, _DIGITS))
-    punctuation = size - len(data.translate(None, _PUNCTUATION))
-    high = 0 if text.isascii() else size - len(data.translate(None, _HIGH))
-    cjk = min(high, 3 * (size - len(data.translate(None, _CJK_LEADS)))) if high else 0
-    lines, spaces = data.count(b"\n"), data.count(b" ")
-    tokens = _tokens(
-        letters=size - digits - punctuation - high - lines - spaces,
-        digits=digits,
-        marks=len(data.split()) + lines + punctuation,
-        cjk=cjk,
-        others=high - cjk,
-    )
-    return tokens / size
+    counted = _counted(text)
+    return counted.tokens / counted.size if counted.size else 0.0
 
 
 def _size(text: str) -> int:

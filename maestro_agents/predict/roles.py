@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from maestro_agents.core import EngineSpec, Observation, Prediction, Status, Ticket
@@ -61,7 +62,7 @@ def teaches(o: Observation) -> bool:
 
 
 class Predicts(Protocol):
-    """What the scheduler asks of a predictor. `RoleStatistics` keeps it without a model, `trainer.Learner` with one."""
+    """What the scheduler asks of a predictor. `RoleStatistics` keeps it without a model, `live.Learner` with one."""
 
     def observe(self, finished: Sequence[Observation]) -> None:
         """Take finished stages, in their order."""
@@ -93,6 +94,37 @@ class Lengths(NamedTuple):
     p50: float
     p90: float
     p99: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What one stage will write, in tokens."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    #: Probability of a tool call or a short answer, NaN where there is no model.
+    short_p: float = math.nan
+    #: Latest answers of this role on this model that are remembered.
+    n: int = 0
+    #: What it rests on: ``model VERSION``, ``median(n)`` (the model was worse here), ``role(n)``, ``prior``.
+    basis: str = "prior"
+
+
+def prediction(ticket: Ticket, e: Estimate, engine: EngineSpec, workflows: Workflows) -> Prediction:
+    """What the scheduler plans by: a waiting stage's estimate, within what its caller allows, and the run behind it."""
+    bound = math.inf if ticket.max_tokens is None else ticket.max_tokens
+    mean = min(e.mean, bound)
+    return Prediction(
+        output_tokens_mean=mean,
+        output_tokens_p50=min(e.p50, bound),
+        output_tokens_p90=min(e.p90, bound),
+        output_tokens_p99=min(e.p99, bound),
+        service_s=ticket.prompt_tokens * engine.prefill_s_per_token + mean * engine.decode_s_per_token,
+        basis=e.basis,
+        **workflows.remaining(ticket).of_prediction(),
+    )
 
 
 class Window:
@@ -185,6 +217,11 @@ class RoleStatistics:
             found = self._cache[keys[-1]] = self._lengths(keys)
         return found
 
+    def estimate(self, stage: Stage) -> Estimate:
+        """What statistics alone say of a stage."""
+        n = self.seen(stage)
+        return Estimate(**self.lengths(stage)._asdict(), n=n, basis=f"role({n})" if n else "prior")
+
     def _lengths(self, keys: Sequence[str]) -> Lengths:
         above: tuple[float, ...] = DEFAULT_OUTPUT_TOKENS
         pool: Sequence[float] = above
@@ -200,22 +237,7 @@ class RoleStatistics:
         self, tickets: Sequence[Ticket], engines: Mapping[str, EngineSpec], workflows: Workflows
     ) -> dict[str, Prediction]:
         """See `Predicts`."""
-        return {t.stage_id: self._predict(t, engines[t.model], workflows) for t in tickets}
-
-    def _predict(self, ticket: Ticket, engine: EngineSpec, workflows: Workflows) -> Prediction:
-        found = self.lengths(ticket)
-        if ticket.max_tokens is not None:
-            found = Lengths(*(min(x, ticket.max_tokens) for x in found))
-        n = self.seen(ticket)
-        return Prediction(
-            output_tokens_mean=found.mean,
-            output_tokens_p50=found.p50,
-            output_tokens_p90=found.p90,
-            output_tokens_p99=found.p99,
-            service_s=ticket.prompt_tokens * engine.prefill_s_per_token + found.mean * engine.decode_s_per_token,
-            basis=f"role({n})" if n else "prior",
-            **workflows.remaining(ticket).of_prediction(),
-        )
+        return {t.stage_id: prediction(t, self.estimate(t), engines[t.model], workflows) for t in tickets}
 
     async def tend(
         self, queue: Queue, *, epoch: int | None, now_s: float, more: Callable[[], Mapping[str, Any]]

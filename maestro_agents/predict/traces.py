@@ -80,6 +80,17 @@ class Forecast:
     #: Further quantiles by level (say 0.25 or 0.995), where the predictor has them.
     more: Mapping[float, Array] | None = None
 
+    def rows(self, keep: Any) -> Forecast:
+        """Of some of its calls: a mask, or their places."""
+        return Forecast(
+            p50=self.p50[keep],
+            mean=self.mean[keep],
+            p90=self.p90[keep],
+            p99=self.p99[keep],
+            p_short=None if self.p_short is None else self.p_short[keep],
+            more=None if self.more is None else {level: q[keep] for level, q in self.more.items()},
+        )
+
 
 SHORT_TOKENS: Final = 32
 """An answer of at most so many tokens is short: traces carry no tool-call flag, and this stands for it."""

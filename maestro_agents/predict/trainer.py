@@ -25,7 +25,8 @@ from maestro_agents.core import Observation
 from maestro_agents.errors import ModelUnusable
 from maestro_agents.predict.features import FEATURE_NAMES, usable
 from maestro_agents.predict.learn import Predictor
-from maestro_agents.predict.length import MIN_ROWS, SHORT_TOKENS, Example, LengthModel, train
+from maestro_agents.predict.length import MIN_ROWS, Example, LengthModel, train
+from maestro_agents.predict.traces import SHORT_TOKENS
 
 WINDOW_ROWS: Final = 20_000
 """Finished stages that are kept to train on, some 1.5 KB each."""

@@ -151,21 +151,9 @@ def tables(scored: Sequence[Scored]) -> dict[str, Any]:
 def _part(s: Scored, keep: Sequence[bool]) -> Scored:
     mask = np.array(keep)
     test = [c for c, k in zip(s.split.test, keep, strict=True) if k]
-    forecasts = {name: rows_of(f, mask) for name, f in s.forecasts.items()}
+    forecasts = {name: f.rows(mask) for name, f in s.forecasts.items()}
     return Scored(
         split=Split(seed=s.split.seed, train=s.split.train, test=test), truth=s.truth[mask], forecasts=forecasts
-    )
-
-
-def rows_of(f: Forecast, mask: Any) -> Forecast:
-    """The forecast of some of its calls: a mask or indexes."""
-    return Forecast(
-        p50=f.p50[mask],
-        mean=f.mean[mask],
-        p90=f.p90[mask],
-        p99=f.p99[mask],
-        p_short=None if f.p_short is None else f.p_short[mask],
-        more=None if f.more is None else {level: q[mask] for level, q in f.more.items()},
     )
 
 
@@ -202,7 +190,7 @@ def _grouped(s: Scored, key: Callable[[Call], dict[str, str]]) -> Iterator[dict[
         index = np.array(at)
         for name, f in s.forecasts.items():
             row: dict[str, Any] = dict(group) | {"predictor": name, "seed": s.split.seed, "rows": len(at)}
-            yield row | metrics.figures(s.truth[index], rows_of(f, index))
+            yield row | metrics.figures(s.truth[index], f.rows(index))
 
 
 def phase1(scored: Sequence[Scored]) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from maestro_agents.errors import ConfigError, MaestroError
 from maestro_agents.ports import Queue
 from maestro_agents.predict import trainer
 from maestro_agents.predict.features import FEATURE_NAMES, FEATURES, usable
-from maestro_agents.predict.learn import Estimate
 from maestro_agents.predict.length import HEADS, LengthModel
 from maestro_agents.predict.live import RETRAIN_ROWS, RETRAIN_S, Learner, default_model, version_of
-from maestro_agents.predict.roles import STATISTICS, Stage
+from maestro_agents.predict.roles import STATISTICS, Estimate, Stage
 
 SHOWN: Final = 15
 """Columns on the screen; the others are added up in one line."""
@@ -32,7 +31,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     **{f.name: f.meaning for f in FEATURES},
     **dict.fromkeys(STATISTICS, "online statistics (tokens; `_n`: how many answers)"),
     "role_key_code": "which role on which model it is",
-    "grown_log": "what the last message is of the whole prompt",
+    "last_share_log": "what the last message is of the whole prompt",
     "words_all": "its words, as weighed in all roles",
     "words_role": "its words, as weighed in this role",
     "words_short": "its words, as weighed for a short answer",

@@ -13,31 +13,53 @@ from maestro_agents.predict.length import Example
 from maestro_agents.predict.traces import Call, Forecast
 
 
+class Training:
+    """The training calls that all variants share, and calls as a live client would have told them: each made once."""
+
+    def __init__(self, calls: Sequence[Call], seed: int) -> None:
+        self.calls = calls
+        self.seed = seed
+        self.variants: dict[str, Ours] = {}
+        self._ratios = estimate_ratios(calls)
+        self._told: dict[int, tuple[Sequence[Call], list[Example]]] = {}
+
+    def known(self) -> list[Example]:
+        """The training calls themselves."""
+        return self._examples(self.calls, self.seed)
+
+    def asked(self, calls: Sequence[Call]) -> list[Example]:
+        """Calls that are asked about."""
+        return self._examples(calls, self.seed + 1)
+
+    def observed(self, calls: Sequence[Call]) -> list[Example]:
+        """Calls that end before others are asked about."""
+        return self._examples(calls, self.seed + 2)
+
+    def _examples(self, calls: Sequence[Call], seed: int) -> list[Example]:
+        """Tokens in are estimated, with errors drawn by ``seed``; its latest calls are remembered."""
+        if seed not in self._told or self._told[seed][0] is not calls:
+            self._told[seed] = calls, backtest.examples_of(calls, seed=seed, ratios=self._ratios)
+        return self._told[seed][1]
+
+
 class Ours:
     """Trained and then frozen: a test call sees its own run's past, and nothing else of the test."""
 
-    def __init__(self, train: Sequence[Call], seed: int, variant: str) -> None:
-        self.seed = seed
-        self.ratios = estimate_ratios(train)
-        #: The calls that were asked about last, with the seed, and as examples: the same ones are asked about again and again.
-        self._told: tuple[Sequence[Call], int, list[Example]] | None = None
-        known = self.examples(train, seed)
-        self.model, self.predictor = backtest.trained(known, seed=seed, variant=variant)
-        #: What models that never saw their tasks say of the training calls, fold by fold.
-        self.held_out = [([train[i] for i in at], f) for at, f in backtest.held_out(self.predictor, known)]
-
-    def examples(self, calls: Sequence[Call], seed: int) -> list[Example]:
-        """Calls as a live client would tell them, tokens in estimated."""
-        if not (self._told and self._told[0] is calls and self._told[1] == seed):
-            self._told = (calls, seed, backtest.examples_of(calls, seed=seed, ratios=self.ratios))
-        return self._told[2]
+    def __init__(self, training: Training, variant: str) -> None:
+        self.training = training
+        self.model, self.predictor = backtest.trained(training.known(), seed=training.seed, variant=variant)
 
     def forecast(self, calls: Sequence[Call]) -> Forecast:
-        return backtest.as_forecast(self.predictor.estimate(self.examples(calls, self.seed + 1)))
+        return backtest.as_forecast(self.predictor.estimate(self.training.asked(calls)))
 
     def after(self, observed: Sequence[Call]) -> Shown:
         """The model, in an app that it knows nothing of but these calls."""
         return Shown(self, observed)
+
+    def held_out(self) -> list[tuple[list[Call], Forecast]]:
+        """What models that never saw their tasks say of the training calls, fold by fold."""
+        folds = backtest.held_out(self.predictor, self.training.known())
+        return [([self.training.calls[i] for i in at], f) for at, f in folds]
 
 
 class Shown:
@@ -45,11 +67,10 @@ class Shown:
 
     def __init__(self, ours: Ours, observed: Sequence[Call]) -> None:
         self._ours = ours
-        self._observed = ours.examples(observed, ours.seed + 2)
+        self._observed = ours.training.observed(observed)
 
     def forecast(self, calls: Sequence[Call]) -> Forecast:
-        asked = self._ours.examples(calls, self._ours.seed + 1)
-        return backtest.cold_start(self._ours.model, self._observed, asked)
+        return backtest.cold_start(self._ours.model, self._observed, self._ours.training.asked(calls))
 
 
 class Online:
@@ -61,7 +82,8 @@ class Online:
     def forecast(self, calls: Sequence[Call]) -> Forecast:
         predictor = Predictor(self._ours.model)
         predictor.statistics = copy.deepcopy(self._ours.predictor.statistics)
-        return backtest.online(predictor, self._ours.examples(calls, self._ours.seed + 1), seed=self._ours.seed)
+        training = self._ours.training
+        return backtest.online(predictor, training.asked(calls), seed=training.seed)
 
 
 VARIANTS: Final = {
@@ -74,23 +96,27 @@ VARIANTS: Final = {
 }
 """Name in the tables -> variant of `maestro_agents.predict.length.train`."""
 
-_held: list[tuple[Sequence[Call], int, list[tuple[list[Call], Forecast]]]] = []
-
-
-def held_out(train: Sequence[Call], seed: int) -> list[tuple[list[Call], Forecast]] | None:
-    """What the last ``ours`` of this training says of its own calls, held out; None where there was none."""
-    return _held[0][2] if _held and _held[0][0] is train and _held[0][1] == seed else None
-
-
-_last: list[tuple[Sequence[Call], int, str, Ours]] = []
+_latest: list[Training] = []
+"""The latest training: all variants are fitted on one before the next."""
 
 
 def fit(name: str, train: Sequence[Call], seed: int) -> Ours | Online:
-    """Train one of `VARIANTS`. The last model is remembered: ``ours`` and ``ours_online`` are one training."""
+    """Train one of `VARIANTS`; ``ours`` and ``ours_online`` are one training."""
+    if not _is_latest(train, seed):
+        _latest[:] = [Training(train, seed)]
+    (training,) = _latest
     variant = VARIANTS[name]
-    if not (_last and _last[0][0] is train and _last[0][1:3] == (seed, variant)):
-        _last[:] = [(train, seed, variant, Ours(train, seed, variant))]
-    found = _last[0][3]
-    if variant == "ours":
-        _held[:] = [(train, seed, found.held_out)]
+    if variant not in training.variants:
+        training.variants[variant] = Ours(training, variant)
+    found = training.variants[variant]
     return Online(found) if name == "ours_online" else found
+
+
+def held_out(train: Sequence[Call], seed: int) -> list[tuple[list[Call], Forecast]] | None:
+    """What ``ours`` says of its own training calls, held out; None where it is not of the latest training."""
+    found = _latest[0].variants.get("ours") if _is_latest(train, seed) else None
+    return found.held_out() if found else None
+
+
+def _is_latest(train: Sequence[Call], seed: int) -> bool:
+    return bool(_latest) and _latest[0].calls is train and _latest[0].seed == seed
