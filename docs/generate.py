@@ -16,12 +16,14 @@ import typer.main
 
 from maestro_agents import policy, scheduler, workflow
 from maestro_agents.cli import COMMANDS, build_app
-from maestro_agents.core import DEFAULT_DEADLINE_S, EXTEND_TOKENS, ServiceClass
+from maestro_agents.core import DEFAULT_DEADLINE_S, EXTEND_TOKENS
+from maestro_agents.errors import ConfigError
 from maestro_agents.policy import priority
 from maestro_agents.predict import live, roles, trainer
 from maestro_agents.predict.features import FEATURES, FEATURES_VERSION
 from maestro_agents.queue import memory
 from maestro_agents.settings import Settings
+from maestro_agents.simulator import hardware as profiles
 
 DOCS: Final = Path(__file__).resolve().parent
 PART: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -46,15 +48,14 @@ def settings() -> str:
 
 def constants() -> str:
     """The numbers of the policies: constants of the code, not settings."""
-    late, deadline = priority.LATE_S, DEFAULT_DEADLINE_S
-    person, nobody = ServiceClass.INTERACTIVE, ServiceClass.BATCH
+    deadline = DEFAULT_DEADLINE_S
     window, mix = roles.WINDOW, roles.SHRINK
     found = {
-        "STRETCH": (priority.STRETCH, "`policy/priority.py`"),
-        "SLACK_SHARE": (priority.SLACK_SHARE, "`policy/priority.py`"),
+        "DOUBT": (priority.DOUBT, "`policy/priority.py`"),
         "MAX_SLACK_S": (f"{priority.MAX_SLACK_S:g} s", "`policy/priority.py`"),
-        "MAX_PATIENCE_S": (f"{priority.MAX_PATIENCE_S:g} s", "`policy/priority.py`"),
-        "LATE_S": (f"{late[person]:g} s interactive, {late[nobody]:g} s batch", "`policy/priority.py`"),
+        "LATE_S": (f"{priority.LATE_S:g} s", "`policy/priority.py`"),
+        "TOLERATED_DEBT_S": (f"{priority.TOLERATED_DEBT_S:g} s", "`policy/priority.py`"),
+        "MAX_JOIN_S": (f"{priority.MAX_JOIN_S:g} s", "`policy/priority.py`"),
         "deadline where none is named": (
             f"{deadline['interactive']:g} s interactive, {deadline['batch']:g} s batch",
             "`core.py`",
@@ -156,12 +157,145 @@ def features() -> str:
     return f"Version {FEATURES_VERSION}.\n\n" + table(("", "feature", "unit", "meaning", "in traces"), rows())
 
 
+def hardware() -> str:
+    """The profiles of GPUs and models, where they come from, and how far they are from what others measured."""
+    every = [serve for model in profiles.models().values() for serve in everywhere(model)]
+    return "\n\n".join(
+        (
+            "## GPUs",
+            table(
+                ("kind", "GPU", "memory", "bandwidth", "bfloat16", "reached in prefill", "basis", "source"),
+                (
+                    (
+                        f"`{g.kind}`",
+                        g.name,
+                        f"{g.hbm_mib / 1024:.0f} GiB",
+                        f"{g.bandwidth_bytes_per_s / 1e12:.2f} TB/s",
+                        f"{g.flops / 1e12:.0f} TFLOP/s",
+                        f"{g.prefill_mfu:.0%}",
+                        g.basis,
+                        g.source,
+                    )
+                    for g in profiles.gpus().values()
+                ),
+            ),
+            "## Models",
+            table(
+                ("profile", "model", "weights", "KV of a token", "longest", "source"),
+                (
+                    (
+                        f"`{m.profile}`",
+                        m.name,
+                        f"{m.weight_bytes / 1e9:.1f} GB",
+                        f"{m.kv().bytes_per_token:,} bytes",
+                        f"{m.max_tokens:,} tokens",
+                        m.source,
+                    )
+                    for m in profiles.models().values()
+                ),
+            ),
+            "## Models on GPUs",
+            "The step is one of 32 decoding requests of 1,000 tokens. Off: from published decode steps of the very same, mean and largest.",
+            table(
+                ("model", "GPUs", "basis", "step", "prefill", "KV", "off"),
+                (
+                    (
+                        f"`{s.model.profile}`",
+                        f"{s.tensor_parallel} x `{s.gpu.kind}`",
+                        s.basis,
+                        f"{1e3 * profiles.step_s(s.profile, decoding=32, context_tokens=1000):.1f} ms",
+                        f"{1 / s.profile.prefill_s_per_token:,.0f} tokens/s",
+                        f"{s.profile.kv_tokens:,} tokens",
+                        off([share for _, share in s.off])
+                        or ("see the benchmarks" if s.basis == "published" else "unchecked"),
+                    )
+                    for s in every
+                ),
+            ),
+            "## Bringing a model",
+            "Seconds from sleep (level 1), from level 2, and to start a server whose files are in the page cache, on disk, on the network; and to put it to sleep.",
+            table(
+                ("model", "GPUs", "basis", "sleeping", "level 2", "page cache", "disk", "network", "to sleep"),
+                (
+                    (
+                        f"`{s.model.profile}`",
+                        f"{s.tensor_parallel} x `{s.gpu.kind}`",
+                        s.tiers.basis,
+                        *(
+                            f"{seconds:.1f}"
+                            for seconds in (
+                                s.tiers.from_sleeping_s,
+                                s.tiers.reload_s,
+                                s.tiers.from_host_s,
+                                s.tiers.from_disk_s,
+                                s.tiers.from_remote_s,
+                                s.tiers.to_sleeping_s,
+                            )
+                        ),
+                    )
+                    for s in every
+                ),
+            ),
+            "## Against what was published",
+            table(
+                ("what", "off: mean, largest", "fitted to it", "source"),
+                (step_row(entry) for entry in profiles.published("step")),
+            ),
+            table(
+                ("requests at once", "published", "simulated", "off", "source"),
+                (run_row(entry) for entry in profiles.published("run")),
+            ),
+        )
+    )
+
+
+def everywhere(model: profiles.Model) -> Iterator[profiles.Served]:
+    """A model on each kind of GPU that can hold it."""
+    for gpu in profiles.gpus().values():
+        try:
+            yield profiles.serve(model, gpu)
+        except ConfigError:
+            continue
+
+
+def off(shares: list[float]) -> str:
+    """Mean and largest of relative differences, without their signs."""
+    sizes = [abs(share) for share in shares]
+    return f"{sum(sizes) / len(sizes):.0%}, {max(sizes):.0%}" if sizes else ""
+
+
+def about(entry: Any) -> profiles.Served:
+    """The profile of what a published entry is about."""
+    model, gpu = profiles.models()[entry["model"]], profiles.gpus()[entry["gpu"]]
+    return profiles.serve(model, gpu, tensor_parallel=entry["tensor_parallel"])
+
+
+def step_row(entry: Any) -> tuple[str, ...]:
+    """One published series of decode steps."""
+    profile, context = about(entry).profile, entry["context_tokens"]
+    shares = [
+        profiles.step_s(profile, decoding=decoding, context_tokens=context) / seconds - 1
+        for decoding, seconds in zip(entry["decoding"], entry["seconds"], strict=True)
+    ]
+    what = f"`{entry['model']}` on {entry['tensor_parallel']} x `{entry['gpu']}`, {', '.join(map(str, entry['decoding']))} decoding"
+    return what, off(shares), "yes" if entry.get("calibrates") else "no", entry["source"]
+
+
+def run_row(entry: Any) -> tuple[str, ...]:
+    """One published benchmark, and what the simulated engine makes of it."""
+    sizes = {key: entry[key] for key in ("requests", "prompt_tokens", "output_tokens")}
+    own, seen = profiles.burst_tokens_per_s(about(entry).profile, **sizes), entry["tokens_per_s"]
+    what = f"{entry['requests']} of {entry['prompt_tokens']} + {entry['output_tokens']} tokens, `{entry['model']}` on `{entry['gpu']}`"
+    return what, f"{seen:,} tokens/s", f"{own:,.0f} tokens/s", f"{own / seen - 1:+.0%}", entry["source"]
+
+
 PARTS: Final = {
     "settings": settings,
     "constants": constants,
     "commands": commands,
     "dependencies": dependencies,
     "features": features,
+    "hardware": hardware,
 }
 
 

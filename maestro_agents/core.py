@@ -470,6 +470,10 @@ class Prediction:
     remaining_tokens: float = 0.0
     ends_p: float = 0.0
     slack_s: float = 0.0
+    #: What is known besides: seconds that earlier stages of the run were served; seconds by which its tenant is ahead of its
+    #: fair share (`policy.fairness`).
+    attained_s: float = 0.0
+    debt_s: float = 0.0
     #: What it rests on: ``model VERSION``, ``median(n)`` (the model is worse here), ``role(n)``, ``prior``.
     basis: str = "prior"
 
@@ -498,6 +502,8 @@ class EngineSpec:
     #: Environment variable that holds its API key; the key itself never travels.
     api_key_env: str = ""
     cluster: str = "local"
+    #: Network seconds there and back.
+    rtt_s: float = 0.0
     #: The caller's own URL: never rewritten, no vLLM fields added.
     original: bool = False
     #: Longest prompt + output, 0 while unknown.
@@ -559,9 +565,13 @@ class EngineState:
     #: From the engine's own metrics; -1 while unknown.
     running: int = -1
     waiting: int = -1
+    #: Learned (`predict.speed`), 0 while unknown: of a prompt token, of an output token of a stage that runs alone, and what
+    #: each stage beside it adds to that.
     prefill_s_per_token: float = 0.0
     decode_s_per_token: float = 0.0
-    network_s: float = 0.0
+    beside_s_per_token: float = 0.0
+    #: Stages granted to it so far.
+    grants: int = 0
 
     @property
     def free_slots(self) -> int:

@@ -16,6 +16,26 @@
     [engine.launch]                           # ... or launch one; without url or port a free port is chosen
     kind = "emulator"
 
+    [[cluster]]                               # left out: every cluster is near
+    name = "local"
+    rtt_s = 0.001                             # to there and back
+
+A fleet for the simulator (`simulator.hardware.load_sim_fleet`) names GPUs instead of engines:
+
+    [[gpu]]
+    kind = "a100-80g"                         # one of simulator/profiles/gpus.toml
+    count = 4                                 # GPUs of a node
+    nodes = 1
+    cluster = "local"
+    host_ram_gb = 512                         # of a node, for the weights of sleeping models
+    models = ["small"]                        # that run on each of them at the start; they share its memory
+
+    [[model]]                                 # left out: `models` names profiles
+    name = "small"                            # as the workload calls it
+    profile = "llama-3.1-8b"                  # one of simulator/profiles/models.toml
+    slots = 24                                # requests in a batch
+    tensor_parallel = 1                       # left out: as many GPUs as it needs
+
 Every error is one line that begins with ``fleet.toml:LINE:`` and says what to do.
 """
 
@@ -23,7 +43,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
@@ -86,7 +106,20 @@ class Fleet:
 
 
 def load_fleet(path: str | Path) -> Fleet:
-    """Read a fleet file. Raises `ConfigError`, one line, with the line of the file."""
+    """Read a fleet file. Raises `ConfigError`, one line, with the line of the file; also where it is for the simulator only."""
+    tables = load_tables(path)
+    if tables.gpus or tables.models:
+        table = "gpu" if tables.gpus else "model"
+        raise tables.file.error(
+            (table, 0),
+            f"[[{table}]] is for the simulator: give this file to `maestro simulate --fleet`, or name running engines "
+            "here, each an [[engine]] with id, model and url",
+        )
+    return tables.live
+
+
+def load_tables(path: str | Path) -> SimTables:
+    """Read all tables of a fleet file, for the simulator. Raises `ConfigError`, one line, with the line of the file."""
     if not Path(path).exists():
         raise ConfigError(
             f"{path}: there is no such file: name another, or write one with an [[engine]] (id, model, url)"
@@ -96,8 +129,13 @@ def load_fleet(path: str | Path) -> Fleet:
         body = _File.model_validate(dict(file.content))
     except ValidationError as e:
         raise _explain(e, file) from None
-    if not body.engine:
+    if body.engine and body.gpu:
+        raise file.error(
+            ("gpu", 0), "a fleet has either [[engine]] or [[gpu]]: the simulator makes its engines of [[gpu]]"
+        )
+    if not body.engine and not body.gpu:
         raise file.error((), "the fleet has no engine: add an [[engine]] with id, model and url")
+    _check_clusters(body, file)
     seen: dict[str, int] = {}
     for n, engine in enumerate(body.engine):
         place: Place = ("engine", n)
@@ -111,9 +149,14 @@ def load_fleet(path: str | Path) -> Fleet:
                 place,
                 f"engine {engine.id!r} has neither url nor launch: give the url of a running server or [engine.launch]",
             )
-    engines = tuple(_spec(e, file, ("engine", n)) for n, e in enumerate(body.engine))
+    rtt_s = {cluster.name: cluster.rtt_s for cluster in body.cluster}
+    engines = tuple(
+        dataclasses.replace(_spec(e, file, ("engine", n)), rtt_s=rtt_s.get(e.cluster, 0.0))
+        for n, e in enumerate(body.engine)
+    )
     launches = {e.id: _launch(e.launch, file) for e in body.engine if e.launch is not None}
-    return Fleet(pool=body.pool, redis_url=body.redis and body.redis.url, engines=engines, launches=launches)
+    live = Fleet(pool=body.pool, redis_url=body.redis and body.redis.url, engines=engines, launches=launches)
+    return SimTables(file=file, live=live, clusters=body.cluster, gpus=body.gpu, models=body.model)
 
 
 def write_fleet(fleet: Fleet, path: Path) -> None:
@@ -121,6 +164,9 @@ def write_fleet(fleet: Fleet, path: Path) -> None:
     lines = [f"pool = {json.dumps(fleet.pool)}"]
     if fleet.redis_url:
         lines += ["", "[redis]", f"url = {json.dumps(fleet.redis_url)}"]
+    if any(e.rtt_s for e in fleet.engines):
+        for name, rtt_s in {e.cluster: e.rtt_s for e in fleet.engines}.items():
+            lines += ["", "[[cluster]]", f"name = {json.dumps(name)}", f"rtt_s = {rtt_s}"]
     for e in fleet.running():
         lines += ["", "[[engine]]", f"id = {json.dumps(e.engine_id)}"]
         keys = (
@@ -185,10 +231,51 @@ class _Engine(_Table):
     launch: _LaunchTable | None = None
 
 
+class ClusterTable(_Table):
+    """``[[cluster]]``: how far a cluster is."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=_NAME)
+    rtt_s: float = Field(ge=0, allow_inf_nan=False)
+
+
+class GpuTable(_Table):
+    """``[[gpu]]``: nodes with emulated GPUs of one kind."""
+
+    kind: str = Field(min_length=1)
+    count: PositiveInt = 1
+    nodes: PositiveInt = 1
+    cluster: str = Field(default="local", min_length=1, max_length=64, pattern=_NAME)
+    host_ram_gb: float = Field(default=512.0, ge=0, allow_inf_nan=False)
+    models: list[str] = []
+
+
+class ModelTable(_Table):
+    """``[[model]]``: a name that a workload uses, and what it is."""
+
+    name: str = Field(min_length=1)
+    profile: str = Field(min_length=1)
+    slots: NonNegativeInt = 0
+    tensor_parallel: NonNegativeInt = 0
+
+
 class _File(_Table):
     pool: str = Field(default="default", min_length=1, max_length=64, pattern=_NAME)
     redis: _Redis | None = None
     engine: list[_Engine] = []
+    cluster: list[ClusterTable] = []
+    gpu: list[GpuTable] = []
+    model: list[ModelTable] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimTables:
+    """All of a fleet file, for the simulator: ``live`` is what it says of engines."""
+
+    file: TomlFile
+    live: Fleet
+    clusters: Sequence[ClusterTable]
+    gpus: Sequence[GpuTable]
+    models: Sequence[ModelTable]
 
 
 def _explain(error: ValidationError, file: TomlFile) -> ConfigError:
@@ -214,7 +301,26 @@ _KEYS: Final[Mapping[tuple[str, ...], Mapping[str, Any]]] = {
     ("redis",): _Redis.model_fields,
     ("engine",): _Engine.model_fields,
     ("engine", "launch"): _LaunchTable.model_fields,
+    ("cluster",): ClusterTable.model_fields,
+    ("gpu",): GpuTable.model_fields,
+    ("model",): ModelTable.model_fields,
 }
+
+
+def _check_clusters(body: _File, file: TomlFile) -> None:
+    """Each cluster is described once; where any is, all that are named are."""
+    described = [cluster.name for cluster in body.cluster]
+    for n, name in enumerate(described):
+        if name in described[:n]:
+            raise file.error(("cluster", n, "name"), f"cluster {name!r} is described twice")
+    named: list[tuple[Place, str]] = [(("engine", n), table.cluster) for n, table in enumerate(body.engine)]
+    named += [(("gpu", n), table.cluster) for n, table in enumerate(body.gpu)]
+    for place, name in named:
+        if described and name not in described:
+            raise file.error(
+                (*place, "cluster"),
+                f"cluster {name!r} is not described: add [[cluster]] with name = {name!r} and rtt_s",
+            )
 
 
 # -- from the file to the nouns ----------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from maestro_agents import policy
 from maestro_agents.core import EngineSpec, EngineState, Observation, Prediction, RunEnd, Ticket
 from maestro_agents.errors import QueueUnavailable
-from maestro_agents.policy import Order, Plan, Snapshot
+from maestro_agents.policy import OURS, Plan, Policy, Snapshot, plan
+from maestro_agents.policy.fairness import Shares
 from maestro_agents.ports import Clock, EngineHealth, EngineProbe, Queue, Reservation, Running
 from maestro_agents.predict.prefix import PrefixCaches
 from maestro_agents.predict.roles import MAX_ROLES, Predicts, RoleStatistics
@@ -53,12 +53,15 @@ GRAPH_RETRY_S: Final = 30.0
 
 MAX_GRAPHS: Final = 10_000
 
+MAX_DEBTS: Final = 100_000
+"""Stages whose tenant's debt is remembered, so that each is charged once."""
+
 
 class Scheduler:
     """One candidate for a pool's leadership. ``run`` until cancelled.
 
     ``engines``: the fleet. ``probe``: reads engines' own account; None where they have none (the caller's own URL).
-    ``order``: one of `policy.ORDERS`, or the user's own function. ``predictor``: online statistics alone where none is given.
+    ``policy``: one of `policy.POLICIES`, or one with the user's own functions. ``predictor``: online statistics alone where none is given.
     """
 
     def __init__(
@@ -68,14 +71,14 @@ class Scheduler:
         *,
         clock: Clock,
         holder: str,
-        order: Order = policy.ORDERS["ours"],
+        policy: Policy = OURS,
         probe: EngineProbe | None = None,
         predictor: Predicts | None = None,
         lease_s: float = 10.0,
     ) -> None:
         self.queue = queue
         self.engines = {e.engine_id: e for e in engines}
-        self.order = order
+        self.policy = policy
         self.clock = clock
         self.holder = holder
         self.probe = probe
@@ -87,6 +90,11 @@ class Scheduler:
         self.speeds = EngineSpeeds()
         self.workflows = Workflows()
         self.prefixes = PrefixCaches()
+        self.shares = Shares()
+        self._debts: OrderedDict[str, float] = OrderedDict()
+        #: Engine -> stages reserved there when the ledger was read last, and stages that this scheduler granted it.
+        self._slots: dict[str, int] = {}
+        self._grants: dict[str, int] = {}
         self._health: dict[str, EngineHealth] = {}
         self._failures: dict[str, int] = {}
         self._probed_at_s: dict[str, float] = {}
@@ -133,10 +141,10 @@ class Scheduler:
     async def step(self) -> Plan:
         """One round. What goes wrong in one part of it does not keep the others from their work."""
         await self._part("learning", self.learn())
-        plan = await self._part("planning", self.decide()) or Plan()
-        await self.act(plan)
+        decided = await self._part("planning", self.decide()) or Plan()
+        await self.act(decided)
         await self._part("keeping house", self.keep_house())
-        return plan
+        return decided
 
     async def _part(self, name: str, work: Awaitable[T]) -> T | None:
         """Do a part of a round; an unexpected exception is logged, and None its result."""
@@ -212,12 +220,13 @@ class Scheduler:
     async def decide(self) -> Plan:
         """What to do now."""
         snapshot = await self.collect()
-        return policy.plan(snapshot, self._moment, epoch=self.epoch, now_s=self.clock.now_s())
+        guarded = dataclasses.replace(self.policy, order=self._moment)
+        return plan(snapshot, guarded, epoch=self.epoch, now_s=self.clock.now_s())
 
     def _moment(self, ticket: Ticket, prediction: Prediction, now_s: float) -> float:
         """The order's answer; first come, first served where a user's own fails."""
         try:
-            moment = float(self.order(ticket, prediction, now_s))
+            moment = float(self.policy.order(ticket, prediction, now_s))
             if not math.isnan(moment):
                 return moment
             raise ValueError("a moment cannot be NaN")
@@ -260,11 +269,25 @@ class Scheduler:
         """What each stage and the run behind it will cost, on the fastest engine of its model."""
         fastest: dict[str, EngineSpec] = {}
         for spec in self.engines.values():
-            prefill, decode = self.speeds.of(spec)
-            learned = dataclasses.replace(spec, prefill_s_per_token=prefill, decode_s_per_token=decode)
+            speed = self.speeds.of(spec)
+            decode = speed.usual_decode
+            learned = dataclasses.replace(spec, prefill_s_per_token=speed.prefill, decode_s_per_token=decode)
             if spec.model not in fastest or decode < fastest[spec.model].decode_s_per_token:
                 fastest[spec.model] = learned
-        return with_join_slack(tickets, self.predictor.predict(tickets, fastest, self.workflows))
+        found = with_join_slack(tickets, self.predictor.predict(tickets, fastest, self.workflows))
+        slots = sum(e.slots for e in self.engines.values())
+        for t in tickets:
+            p = found[t.stage_id]
+            if t.stage_id not in self._debts:
+                self._debts[t.stage_id] = self.shares.charge(
+                    t.tenant, p.service_s, slots=slots, now_s=self.clock.now_s()
+                )
+                if len(self._debts) > MAX_DEBTS:
+                    self._debts.popitem(last=False)
+            debt_s, attained_s = self._debts[t.stage_id], self.workflows.attained_s(t.run_id)
+            if debt_s or attained_s:
+                found[t.stage_id] = dataclasses.replace(p, debt_s=debt_s, attained_s=attained_s)
+        return found
 
     def cached_tokens(self, tickets: Iterable[Ticket]) -> Mapping[tuple[str, str], int]:
         """What each engine is expected to have of each prompt in its prefix cache; what it has nothing of is left out."""
@@ -279,9 +302,10 @@ class Scheduler:
     async def fleet(self) -> list[EngineState]:
         """Every engine with its reservations, health and learned speeds."""
         ledger = await self.queue.ledger()
+        self._slots = dict(ledger.slots)
         states: list[EngineState] = []
         for spec in self.engines.values():
-            prefill, decode = self.speeds.of(spec)
+            speed = self.speeds.of(spec)
             health = self._health.get(spec.engine_id, EngineHealth(healthy=self.probe is None))
             states.append(
                 EngineState(
@@ -291,23 +315,26 @@ class Scheduler:
                     healthy=self.healthy(spec.engine_id),
                     running=health.running,
                     waiting=health.waiting,
-                    prefill_s_per_token=prefill,
-                    decode_s_per_token=decode,
+                    prefill_s_per_token=speed.prefill,
+                    decode_s_per_token=speed.decode,
+                    beside_s_per_token=speed.beside,
+                    grants=self._grants.get(spec.engine_id, 0),
                 )
             )
         return states
 
     # -- act ---------------------------------------------------------------------------------------------------------
-    async def act(self, plan: Plan) -> None:
+    async def act(self, decided: Plan) -> None:
         """Carry a plan out. A grant that the queue refuses (cancelled meanwhile, credits spent) is simply not made."""
-        for model, moments in plan.moments.items():
+        for model, moments in decided.moments.items():
             await self._part("reordering", self.queue.reorder(moments, model))
-        for ticket, refusal in plan.refusals:
+        for ticket, refusal in decided.refusals:
             await self._part("refusing", self.queue.refuse(refusal, ticket, now_s=self.clock.now_s()))
-        for ticket, grant in plan.grants:
+        for ticket, grant in decided.grants:
             given = await self._part("granting", self.queue.grant(grant, ticket, now_s=self.clock.now_s()))
             if given is not None:
                 self.decisions += 1
+                self._grants[grant.engine_id] = self._grants.get(grant.engine_id, 0) + 1
                 self.prefixes.granted(ticket, self.engines[grant.engine_id])
 
     async def keep_house(self) -> None:
@@ -416,7 +443,7 @@ class Scheduler:
             self.workflows.end_run(entry)
             return
         if not entry.observed:  # it was served by whom its caller chose, and waited there in nobody's order
-            self.speeds.observe(entry)
+            self.speeds.observe(entry, beside=self._slots.get(entry.engine_id, 1) - 1)
             if (spec := self.engines.get(entry.engine_id)) is not None:
                 self.prefixes.observe(entry, spec)
         self.workflows.observe(entry)

@@ -44,6 +44,9 @@ TOUCH_S: Final = 0.01
 MAX_STAGES: Final = 1_000
 """Stages of one run that are remembered until it ends."""
 
+MAX_SIBLINGS: Final = 64
+"""Stages of a run, the latest, among which the one is sought that led to a call."""
+
 MAX_OPEN_STAGES: Final = 200_000
 """Stages of all runs that are remembered until their runs end; then the runs that began first are forgotten."""
 
@@ -269,6 +272,7 @@ class _Run:
     stages: list[_Stage] = field(default_factory=list[_Stage])
     #: It was paused for a person: where its start moves from stage to stage, it did so by pauses.
     paused: bool = False
+    attained_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -282,6 +286,60 @@ class _Workflow:
     solved_runs: int = -1
     #: One stage of it: served seconds, tokens out, tokens in.
     stage: tuple[Mean, Mean, Mean] = field(default_factory=lambda: (Mean(), Mean(), Mean()))
+
+
+class Next(NamedTuple):
+    """A model that a run is expected to call right after a stage."""
+
+    model: str
+    #: Calls of it; several where the run forks.
+    expected: float
+    #: Seconds of tools and code from the stage's end to them.
+    gap_s: float
+
+
+@dataclass(slots=True)
+class _Follow:
+    n: float = 0.0
+    calls: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+
+
+class Follows:
+    """Which models are called right after a stage of a node, how often and how soon. Older runs fade; memory is bounded."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[str, str, int], _Follow] = OrderedDict()
+
+    def _of(self, workflow: str, node: str, visit: int) -> tuple[_Follow, _Follow]:
+        """Of its visit, and of all visits."""
+        keys = (workflow, node, visit_group(visit)), (workflow, node, -1)
+        found = tuple(self._known.setdefault(key, _Follow()) for key in keys)
+        while len(self._known) > MAX_LEVELS:
+            self._known.popitem(last=False)
+        return found[0], found[1]
+
+    def ended(self, workflow: str, node: str, visit: int) -> None:
+        """A stage has ended."""
+        for level in self._of(workflow, node, visit):
+            keep = 1.0 if level.n < WINDOW else 1.0 - 1.0 / WINDOW
+            level.n = level.n * keep + 1.0
+            if keep < 1.0:
+                level.calls = {m: (n * keep, gap_s) for m, (n, gap_s) in level.calls.items() if n > 0.01}
+
+    def followed(self, workflow: str, node: str, visit: int, model: str, gap_s: float) -> None:
+        """Of a run's stages the one that had ended last was such a stage when ``model`` was called, ``gap_s`` later."""
+        for level in self._of(workflow, node, visit):
+            n, mean_s = level.calls.get(model, (0.0, 0.0))
+            level.calls[model] = (n + 1.0, mean_s + (gap_s - mean_s) / (n + 1.0))
+
+    def after(self, workflow: str, node: str, visit: int) -> Sequence[Next]:
+        """What is expected after a stage; nothing where too few were seen."""
+        level = self._known.get((workflow, node, visit_group(visit)))
+        if level is None or level.n < SHRINK:
+            level = self._known.get((workflow, node, -1))
+        if level is None or level.n < 1.0:
+            return ()
+        return [Next(m, min(n / level.n, MAX_REMAINING), gap_s) for m, (n, gap_s) in level.calls.items()]
 
 
 _Key = tuple[str] | tuple[str, str] | tuple[str, str, int]
@@ -298,6 +356,7 @@ class Workflows:
         #: What was answered since something was learned: stages that wait are asked about again and again.
         self._answers: dict[tuple[str, str, int], Remaining] = {}
         self._stage = (Mean(value=1.0), Mean(), Mean())
+        self._follows = Follows()
 
     def describe(self, workflow: str, spec: str) -> None:
         """Learn a static graph: ``{"nodes": [{"id", "llm"}], "edges": [[from, to, conditional]]}``."""
@@ -329,6 +388,8 @@ class Workflows:
         if not o.run_id or not 0 <= pushed_at_s <= granted_at_s <= o.finished_at_s < math.inf:
             return
         run = self._open.setdefault(o.run_id, _Run())
+        if done and not o.replayed:
+            self._follow(run, o, pushed_at_s)
         if len(run.stages) < MAX_STAGES:
             node = _node(o)
             place = (node.rpartition(":")[0], o.step)
@@ -339,8 +400,17 @@ class Workflows:
                 )
             )  # fmt: skip
             self._open_stages += 1
+        run.attained_s += o.finished_at_s - granted_at_s
         while len(self._open) > MAX_OPEN_RUNS or self._open_stages > MAX_OPEN_STAGES:
             self._open_stages -= len(self._open.popitem(last=False)[1].stages)
+
+    def _follow(self, run: _Run, o: Observation, pushed_at_s: float) -> None:
+        before = [s for s in run.stages[-MAX_SIBLINGS:] if s.progress and s.ended_at_s - TOUCH_S <= pushed_at_s]
+        if before:
+            last = max(before, key=lambda s: s.ended_at_s)
+            gap_s = max(0.0, pushed_at_s - last.ended_at_s)
+            self._follows.followed(_name(o), last.node, last.visit, o.model, gap_s)
+        self._follows.ended(_name(o), _node(o), o.visit)
 
     def end_run(self, run: RunEnd) -> None:
         """Take the end of a run. What it took teaches only where it ended well; what led to what, always."""
@@ -369,6 +439,11 @@ class Workflows:
             self._levels.popitem(last=False)
 
     # -- ask ---------------------------------------------------------------------------------------------------------
+    def attained_s(self, run_id: str) -> float:
+        """Seconds that the stages of a run were served so far, those beside each other counted each."""
+        run = self._open.get(run_id)
+        return run.attained_s if run else 0.0
+
     def remaining(self, ticket: Ticket) -> Remaining:
         """What the run of a stage still does after it."""
         if not ticket.workflow and not ticket.run_id:
@@ -380,6 +455,10 @@ class Workflows:
                 self._answers.clear()
             found = self._answers[key] = self._remaining(*key)
         return found
+
+    def next_models(self, ticket: Ticket) -> Sequence[Next]:
+        """The models that the run of a stage is expected to call right after it, for a placement to wake in time."""
+        return self._follows.after(_name(ticket), _node(ticket), ticket.visit)
 
     def _remaining(self, workflow: str, node: str, visits: int) -> Remaining:
         known = self._known.get(workflow)

@@ -19,6 +19,7 @@ from maestro_agents import fleet
 from maestro_agents.cli import COMMANDS, build_app, main
 from maestro_agents.fleet import load_fleet
 from maestro_agents.settings import OTHER_ENV, Settings
+from maestro_agents.simulator.hardware import load_sim_fleet
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]}
@@ -79,6 +80,9 @@ def test_toml_loads(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     if "[[engine]]" in text:
         Path("fleet.toml").write_text(text)
         assert load_fleet("fleet.toml").engines
+    elif "[[gpu]]" in text:
+        Path("fleet.toml").write_text(text)
+        assert load_sim_fleet("fleet.toml").engines
     else:
         Path("maestro.toml").write_text(text)
         Settings.load()
@@ -189,7 +193,7 @@ def test_generated_parts_are_current(page: str, generator: ModuleType) -> None:
 def test_the_generated_parts_are_there() -> None:
     """Each of the parts has a page."""
     parts = re.findall(r"<!-- generated: (\w+) -->", "".join(p.read_text() for p in PAGES.values()))
-    assert sorted(parts) == ["commands", "constants", "dependencies", "features", "settings"]
+    assert sorted(parts) == ["commands", "constants", "dependencies", "features", "hardware", "settings"]
 
 
 def test_every_variable_has_its_line() -> None:
@@ -210,8 +214,7 @@ def test_every_key_of_a_fleet_file_has_its_line() -> None:
         place = head.strip("[]") or place
         found.setdefault(place, []).append(key)
     shape: Mapping[tuple[str, ...], Mapping[str, Any]] = fleet._KEYS
-    tables = {"redis", "engine", "launch"}
-    wanted = {".".join(where): sorted(k for k in keys if k not in tables) for where, keys in shape.items()}
+    wanted = {".".join(where): sorted(k for k in keys if (*where, k) not in shape) for where, keys in shape.items()}
     assert {where: sorted(keys) for where, keys in found.items()} == wanted
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maestro_agents.simulator.engine import CPU_TINY, Engine, EngineProfile, EngineRequest, RequestRecord, Scheduling
+from maestro_agents.simulator.prefix_cache import Prefix, PrefixCache
+from tests.engine_by_steps import EngineBySteps
 
 SMALL = EngineProfile(
     base_s=0.01,
@@ -227,7 +230,14 @@ def test_the_cpu_profile_resembles_what_was_measured(streams, measured):
 
 @pytest.mark.parametrize(
     "change",
-    [{"base_s": 0.0}, {"prefill_s_per_token": -1.0}, {"num_blocks": 9}, {"max_num_seqs": 0}, {"step_tokens": 2}],
+    [
+        {"base_s": 0.0},
+        {"prefill_s_per_token": -1.0},
+        {"kv_read_s_per_token": -1.0},
+        {"num_blocks": 9},
+        {"max_num_seqs": 0},
+        {"step_tokens": 2},
+    ],
 )
 def test_an_impossible_profile_cannot_be_built(change):
     """The constructor refuses speeds and sizes under which the model would hang."""
@@ -243,6 +253,8 @@ def test_a_request_that_could_never_fit_is_an_error_not_a_wait():
     engine.submit(request("a"), 0.0)
     with pytest.raises(ValueError, match="already"):
         engine.submit(request("a"), 0.0)
+    with pytest.raises(ValueError, match="prefix"):
+        EngineRequest(request_id="b", prompt_tokens=9, output_tokens=1, prefix=(("x", 4), ("y", 4)))
 
 
 def test_speed_divides_every_duration():
@@ -253,3 +265,318 @@ def test_speed_divides_every_duration():
     assert drain(slow)[0].ended_at_s == pytest.approx(2 * drain(fast)[0].ended_at_s)
     with pytest.raises(ValueError, match="speed"):
         SMALL.faster(0)
+
+
+# -- the same as step by step -----------------------------------------------------------------------------------------
+# Durations that a float holds exactly, as it does their sums: moments must be equal, and looks may fall on a step's end.
+EXACT = EngineProfile(
+    base_s=2**-7,
+    prefill_s_per_token=2**-10,
+    decode_s_per_seq=2**-9,
+    kv_read_s_per_token=2**-14,
+    max_num_seqs=4,
+    step_tokens=8,
+    block_size=4,
+    num_blocks=14,
+    max_model_len=40,
+)
+EXACT_PROFILES = st.builds(
+    lambda **changes: dataclasses.replace(EXACT, **changes),
+    scheduling=st.sampled_from(Scheduling),
+    max_queued=st.sampled_from([None, 5]),
+    kv_read_s_per_token=st.sampled_from([2**-14, 0.0]),
+    max_num_seqs=st.sampled_from([4, 8, 1]),
+    step_tokens=st.sampled_from([8, 30]),
+    num_blocks=st.sampled_from([10, 14, 40]),
+    block_size=st.sampled_from([4, 5]),
+)
+
+
+def script(seed: int, length: int) -> list[tuple[int, tuple]]:
+    """Pauses and calls that keep an engine busy and its KV short; a longer script begins with the shorter ones."""
+    r = random.Random(seed)
+    hurry, alike = r.choice([8, 40, 120]), r.random()
+
+    def submit() -> tuple:
+        # A text's first tokens are the same for all that name it; what follows after a different number is not.
+        ends = sorted(r.sample(range(1, 30), r.randrange(4) if r.random() < alike else 0))
+        prefix = tuple((r.choice("ab"), end) for end in ends)
+        return ("submit", r.randint(1, 24), r.randint(1, 16), r.randint(-2, 2), prefix)
+
+    def other() -> tuple:
+        kind = r.choice(["abort", "abort", "resize", "resize", "look", "wake", "wake", "clear", "die"])
+        more = {"abort": (r.randrange(40),), "resize": (r.randint(10, 16),)}
+        return (kind, *more.get(kind, ()))
+
+    return [(r.randrange(hurry), submit() if r.random() < 0.8 else other()) for _ in range(length)]
+
+
+CALLS = st.builds(script, st.integers(0, 2**32), st.integers(0, 40))
+
+
+def called(engine: Engine | EngineBySteps, call: tuple, now_s: float, names: list[str]) -> object:
+    """Do one of `CALLS`; ``names``: whom it can abort."""
+    match call:
+        case ("submit", prompt, output, priority, prefix):
+            name = names[-1]
+            asked = EngineRequest(
+                request_id=name, prompt_tokens=prompt, output_tokens=output, priority=priority, prefix=prefix
+            )
+            return engine.submit(asked, now_s)
+        case ("abort", n):
+            return engine.abort(names[n % len(names)], now_s) if names else None
+        case ("resize", blocks):
+            return engine.resize(blocks, now_s)
+        case ("clear",):
+            return engine.clear_cache(now_s)
+        case ("die",):
+            return engine.abort_all(now_s)
+        case _:
+            return None
+
+
+def seen(engine: Engine | EngineBySteps) -> tuple[object, ...]:
+    """All that can be seen of an engine."""
+    cache = engine._cache
+    assert 0 <= cache.blocks <= engine.free_blocks <= engine.num_blocks
+    assert 0 <= engine.kv_usage <= 1
+    assert engine.num_running <= engine.profile.max_num_seqs
+    texts = {key: (text.first, text.last, sorted(text.held)) for key, text in cache._texts.items()}
+    return (
+        engine.wake_at_s,
+        engine.num_running,
+        engine.num_waiting,
+        engine.free_blocks,
+        engine.kv_usage,
+        engine.preemptions,
+        cache.blocks,
+        texts,
+        list(cache._idle),
+    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(profile=EXACT_PROFILES, calls=CALLS)
+def test_leaping_is_the_same_as_going_step_by_step(profile, calls):
+    """Whatever is called and whenever, the engine shows, tells and records what the one that does every step does."""
+    leaping, by_steps, late = Engine(profile), EngineBySteps(profile), Engine(profile)
+    ended, ended_late = list[RequestRecord](), list[RequestRecord]()
+    names: list[str] = []
+    now_s = 0.0
+
+    def look() -> bool:
+        told, wanted = leaping.step(now_s), by_steps.step(now_s)
+        assert told == wanted
+        assert seen(leaping) == seen(by_steps)
+        ended.extend(told.ended)
+        return bool(told.ended)
+
+    for pause, call in calls:
+        now_s += pause / 1024
+        if call == ("wake",) and by_steps.wake_at_s < math.inf:
+            now_s = by_steps.wake_at_s
+        if call[0] == "submit":
+            names.append(f"r{len(names)}")
+        assert len({called(engine, call, now_s, names) for engine in (leaping, by_steps, late)}) == 1
+        if call[0] != "submit" or pause % 2:
+            look()
+    look()
+    while (next_end_s := leaping.next_end_s) < math.inf:
+        while leaping.wake_at_s < next_end_s:  # no end comes before it was said to
+            now_s = leaping.wake_at_s
+            assert not look()
+        now_s = next_end_s
+        look()
+        ended_late.extend(late.ended(next_end_s))
+    ended_late.extend(late.ended(now_s))
+    assert ended_late == ended
+    assert leaping.num_running == leaping.num_waiting == 0
+    assert leaping.free_blocks == leaping.num_blocks
+    for record in ended:
+        assert record.cached_tokens % profile.block_size == 0
+        assert record.cached_tokens < record.request.prompt_tokens
+
+
+def recorded(engine: Engine | EngineBySteps, calls: list) -> list[RequestRecord]:
+    """The records of a script of `CALLS`."""
+    names: list[str] = []
+    now_s = 0.0
+    for pause, call in calls:
+        now_s += pause / 1024
+        if call[0] == "submit":
+            names.append(f"r{len(names)}")
+        called(engine, call, now_s, names)
+    return list(engine.step(1e9).ended)
+
+
+@settings(deadline=None, max_examples=100)
+@given(profile=EXACT_PROFILES, calls=CALLS)
+def test_moments_are_those_of_going_step_by_step_where_floats_round_too(profile, calls):
+    """With durations that no float holds exactly, moments differ by rounding and nothing else does; a second run, by nothing."""
+    rounding = profile.faster(math.pi)
+    ended = recorded(Engine(rounding), calls)
+    assert repr(recorded(Engine(rounding), calls)) == repr(ended)
+    moments = ("started_at_s", "first_token_at_s", "ended_at_s")
+    for record, wanted in zip(ended, recorded(EngineBySteps(rounding), calls), strict=True):
+        for moment in moments:
+            assert getattr(record, moment) == pytest.approx(getattr(wanted, moment), rel=1e-6)
+        same = {moment: getattr(wanted, moment) for moment in moments}
+        assert dataclasses.replace(record, **same) == wanted
+
+
+def test_a_long_answer_costs_as_few_looks_as_a_short_one():
+    """Whoever waits for ends alone wakes once for a prompt's chunk and once for a whole answer."""
+    engine = Engine(EngineProfile())
+    engine.submit(request("a", prompt=4000, output=5000), 0.0)
+    looks = 0
+    while engine.next_end_s < math.inf:
+        looks += 1
+        ended = engine.ended(engine.next_end_s)
+    assert looks == 3
+    assert ended[0].output_tokens == 5000
+
+
+def test_reading_the_kv_costs_time_that_grows_with_every_token():
+    """Each decoding step takes kv_read_s_per_token for each token that the decoding request has by then."""
+    engine = Engine(dataclasses.replace(SMALL, kv_read_s_per_token=0.001))
+    engine.submit(request("a", prompt=8, output=5), 0.0)
+    (record,) = drain(engine)
+    read_s = 0.001 * sum(8 + n for n in (1, 2, 3, 4))
+    assert record.generation_s == pytest.approx(4 * (SMALL.base_s + SMALL.decode_s_per_seq) + read_s)
+
+
+# -- prefixes ---------------------------------------------------------------------------------------------------------
+def cached(engine: Engine, name: str, prompt: int, output: int, prefix: Prefix, at_s: float = 0.0) -> int:
+    """Have a request answered; how much of it was there already."""
+    engine.submit(EngineRequest(request_id=name, prompt_tokens=prompt, output_tokens=output, prefix=prefix), at_s)
+    return drain(engine)[-1].cached_tokens
+
+
+def test_the_next_call_of_a_conversation_hits_prompt_and_answer_of_the_last():
+    """All whole blocks of them but of the last token, whose KV was never computed; so does no other conversation."""
+    engine = Engine(SMALL)
+    assert cached(engine, "1", 9, 4, (("a", 13),)) == 0
+    assert cached(engine, "2", 20, 2, (("a", 22),)) == 12  # of 13 tokens 12 have KV
+    assert cached(engine, "3", 20, 2, (("b", 22),)) == 0
+
+
+def test_what_follows_a_shared_beginning_does_not_matter_to_it():
+    """Runs share their system prompt, and a branch what comes before it; what nobody names is not kept."""
+    engine = Engine(SMALL)
+    assert cached(engine, "1", 12, 1, (("system", 8), ("a", 13))) == 0
+    assert cached(engine, "2", 12, 1, (("system", 8), ("b", 13))) == 8
+    assert cached(engine, "3", 12, 1, (("other", 8), ("a", 13))) == 0
+    assert cached(engine, "4", 18, 1, (("system", 8), ("a", 11), ("branch", 18))) == 8  # 11 tokens are 2 blocks
+    assert cached(engine, "5", 18, 1, ()) == 0
+    assert cached(engine, "6", 18, 1, ()) == 0
+
+
+def test_one_token_at_least_is_computed():
+    """A prompt that is there as a whole still takes a step, for its last block."""
+    engine = Engine(SMALL)
+    assert cached(engine, "1", 8, 4, (("a", 8),)) == 0
+    assert cached(engine, "2", 8, 4, (("a", 8),)) == 4
+
+
+def test_a_hit_saves_its_prefill():
+    """The time to the first token is that of a prompt shorter by what was there."""
+    engine = Engine(SMALL)
+    cached(engine, "1", 8, 1, (("a", 8),))
+    engine.submit(EngineRequest(request_id="2", prompt_tokens=13, output_tokens=1, prefix=(("a", 13),)), 1.0)
+    (record,) = drain(engine)
+    assert record.ttft_s == pytest.approx(SMALL.base_s + 5 * SMALL.prefill_s_per_token)
+
+
+def test_requests_that_come_together_share_what_the_first_computes():
+    """A block can be hit from the step on that computes it."""
+    engine = Engine(dataclasses.replace(SMALL, step_tokens=20))
+    for name in "ab":
+        engine.submit(
+            EngineRequest(request_id=name, prompt_tokens=9, output_tokens=1, prefix=(("system", 8), (name, 9))), 0.0
+        )
+    assert [r.cached_tokens for r in drain(engine)] == [0, 8]
+
+
+def test_what_was_not_used_for_longest_makes_room_first():
+    """Kept blocks count as free; when they are needed, the least recently used go, of a text its end first."""
+    engine = Engine(SMALL)  # 10 blocks of 4 tokens
+    for name in "abc":
+        cached(engine, name, 12, 1, ((name, 12),))
+    assert engine.kv_usage == 0
+    cached(engine, "a again", 12, 1, (("a", 12),))
+    cached(engine, "long", 20, 1, ())  # of 10 blocks 9 are kept and 5 needed
+    assert cached(engine, "b", 16, 1, (("b", 16),)) == 0
+    assert cached(engine, "a", 16, 1, (("a", 16),)) == 12
+
+
+def test_of_one_prompt_the_end_goes_first():
+    """A beginning is kept longer than what follows it, even where a longer text of that name was given up before."""
+    cache = PrefixCache(4)
+    branch, longer = (("run", 8), ("b", 16)), (("run", 16),)
+    for prefix in (branch, longer):
+        cache.hold(prefix, 0, 16)
+    cache.release(longer, 16, 16)
+    assert cache.blocks == 2
+    cache.release(branch, 16, 16)
+    assert cache.blocks == 6
+    cache.shrink(4)
+    assert [cache.hit(branch, 16), cache.hit(longer, 16)] == [8, 16]
+    cache.shrink(1)
+    assert [cache.hit(branch, 16), cache.hit(longer, 16)] == [4, 4]
+
+
+def test_a_preempted_request_finds_again_what_nobody_took():
+    """Blocks given back under pressure can still be hit by whoever gave them."""
+    engine = Engine(SMALL)
+    low = EngineRequest(request_id="low", prompt_tokens=12, output_tokens=16, priority=5, prefix=(("low", 28),))
+    engine.submit(low, 0.0)
+    engine.submit(request("high", prompt=12, output=14, priority=-5), 0.0)
+    plain = Engine(SMALL)
+    plain.submit(dataclasses.replace(low, prefix=()), 0.0)
+    plain.submit(request("high", prompt=12, output=14, priority=-5), 0.0)
+    again, computed = drain(engine)[-1], drain(plain)[-1]
+    assert again.preemptions == computed.preemptions == 1
+    assert again.cached_tokens == 0  # nothing was there when it first started
+    assert again.ended_at_s < computed.ended_at_s
+
+
+# -- the engine as a whole --------------------------------------------------------------------------------------------
+def test_a_cleared_cache_hits_nothing():
+    """As after vLLM's sleep."""
+    engine = Engine(SMALL)
+    cached(engine, "1", 9, 4, (("a", 13),))
+    engine.clear_cache(1.0)
+    assert cached(engine, "2", 20, 2, (("a", 22),), 1.0) == 0
+
+
+def test_an_engine_that_dies_ends_all_it_had_and_keeps_nothing():
+    """Running and waiting requests are aborted, the step in progress is lost, and the engine can start anew."""
+    engine = Engine(SMALL)
+    prefix = (("a", 13),)
+    cached(engine, "1", 9, 4, prefix)
+    for n in range(5):
+        engine.submit(request(str(n)), 1.0)
+    engine.abort_all(1.001)
+    ended = engine.ended(1.001)
+    assert [(r.request.request_id, r.aborted) for r in ended] == [(str(n), True) for n in range(5)]
+    assert engine.wake_at_s == engine.next_end_s == math.inf
+    assert engine.kv_usage == engine.num_running == engine.num_waiting == 0
+    assert cached(engine, "2", 20, 2, prefix, 2.0) == 0
+
+
+def test_a_smaller_kv_admits_nobody_until_enough_is_free():
+    """Blocks can leave while they are in use: none seems free, and who waits goes on waiting."""
+    engine = Engine(dataclasses.replace(SMALL, num_blocks=20, step_tokens=40))
+    engine.submit(request("a", prompt=22, output=3), 0.0)
+    engine.submit(request("b", prompt=22, output=18), 0.0)
+    at_s = engine.wake_at_s
+    engine.resize(10, at_s)
+    assert engine.free_blocks == 0
+    assert engine.kv_usage == 1
+    engine.submit(request("c", prompt=22), at_s)
+    ended = [r.request.request_id for r in drain(engine)]
+    assert ended == ["a", "b", "c"]
+    assert engine.preemptions == 0
+    assert engine.free_blocks == engine.num_blocks == 10
+    with pytest.raises(ValueError, match="KV blocks"):
+        engine.resize(9, 1e9)

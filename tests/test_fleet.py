@@ -232,3 +232,17 @@ def test_a_fleet_file_that_is_not_there(tmp_path: Path) -> None:
     """A wrong path is an error of configuration."""
     with pytest.raises(ConfigError, match=r"none\.toml: there is no such file"):
         load_fleet(tmp_path / "none.toml")
+
+
+def test_a_cluster_says_how_far_its_engines_are(tmp_path: Path) -> None:
+    """``rtt_s`` reaches the engines of the cluster, also through a file that was written; a cluster is described once."""
+    near = '[[cluster]]\nname = "near"\nrtt_s = 0.001\n'
+    engine = '[[engine]]\nid = "a"\nmodel = "m"\nurl = "http://127.0.0.1:1/v1"\ncluster = "near"\n'
+    fleet = load(near + engine, tmp_path)
+    assert fleet.engines[0].rtt_s == 0.001
+    write_fleet(fleet, tmp_path / "written.toml")
+    assert load_fleet(tmp_path / "written.toml") == fleet
+    with pytest.raises(ConfigError, match=r"toml:5: cluster 'near' is described twice"):
+        load(near + near + engine, tmp_path)
+    with pytest.raises(ConfigError, match=r"toml:8: cluster 'near' is not described"):
+        load(near.replace("near", "far") + engine, tmp_path)

@@ -171,7 +171,7 @@ def timed(prompt: int, output: int, *, prefill: float, decode: float, **more: ob
 
 def test_an_engine_that_was_never_seen_is_as_fast_as_declared() -> None:
     """The fleet file's word, until completions teach better."""
-    assert EngineSpeeds().of(ENGINE) == pytest.approx((0.001, 0.02))
+    assert EngineSpeeds().of(ENGINE) == pytest.approx((0.001, 0.02, 0.02 / (2 * ENGINE.slots), 0.0))
 
 
 def test_speeds_are_learned_per_engine() -> None:
@@ -179,7 +179,7 @@ def test_speeds_are_learned_per_engine() -> None:
     speeds = EngineSpeeds()
     for i in range(200):
         speeds.observe(timed(200 + 97 * i % 3000, 50 + 31 * i % 500, prefill=0.0001, decode=0.005))
-    prefill, decode = speeds.of(ENGINE)
+    prefill, decode, *_ = speeds.of(ENGINE)
     assert prefill == pytest.approx(0.0001, rel=0.3)
     assert decode == pytest.approx(0.005, rel=0.05)
     assert speeds.of(EngineSpec(engine_id="b", url="u", model="m", decode_s_per_token=0.1))[1] == 0.1
@@ -211,7 +211,7 @@ def test_what_tells_no_speed_is_ignored(bad: Observation) -> None:
     """A failure, an answer without usage, a clock that went backwards."""
     speeds = EngineSpeeds()
     speeds.observe(bad)
-    assert speeds.of(ENGINE) == pytest.approx((0.001, 0.02))
+    assert speeds.of(ENGINE) == EngineSpeeds().of(ENGINE)
 
 
 @given(
@@ -225,6 +225,6 @@ def test_speeds_are_finite_and_never_negative(rows: list[tuple[int, int, float, 
     speeds = EngineSpeeds()
     for prompt, output, service_s, cached in rows:
         speeds.observe(observation(output, prompt_tokens=prompt, cached_tokens=cached, service_s=service_s))
-    prefill, decode = speeds.of(ENGINE)
+    prefill, decode, *_ = speeds.of(ENGINE)
     assert 0 <= prefill < math.inf
     assert 0 < decode < math.inf

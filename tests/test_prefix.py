@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 
 from maestro_agents.client import Client
 from maestro_agents.core import EngineSpec, EngineState, Observation, Prediction, ServiceClass, Status, Ticket
-from maestro_agents.policy import ORDERS, Snapshot, plan, routing
+from maestro_agents.policy import OURS, Snapshot, plan, routing
 from maestro_agents.predict import prefix
 from maestro_agents.predict.prefix import CUTS, PrefixCaches, prompt_blocks
 from maestro_agents.queue.memory import MemoryQueue
@@ -336,7 +336,7 @@ def test_the_engine_that_has_the_prompt_is_chosen() -> None:
         snapshot = Snapshot(
             tickets=[t], predictions={"s": p}, engines=engines, cached_tokens={("s", "b"): 1_500}
         )  # fmt: skip
-        ((_, grant),) = plan(snapshot, ORDERS["ours"], epoch=1, now_s=0.0).grants
+        ((_, grant),) = plan(snapshot, OURS, epoch=1, now_s=0.0).grants
         assert grant.kv_bytes == 2_020 // 16 * 16 + 16  # shared or not, its whole prompt is reserved
         return grant.engine_id
 

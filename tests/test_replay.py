@@ -195,10 +195,10 @@ def test_the_scheduler_in_the_replay_is_the_scheduler(monkeypatch):
     """Its plan is `policy.plan`, its order the one that is named: no copy of either."""
     assert replay.Scheduler is scheduler.Scheduler
     plans, moments = [], []
-    real = policy.plan
-    monkeypatch.setattr(policy, "plan", lambda *a, **k: plans.append(1) or real(*a, **k))
-    order = policy.ORDERS["ours"]
-    maestro(world(), order=lambda *a: moments.append(a) or order(*a))
+    real = scheduler.plan
+    monkeypatch.setattr(scheduler, "plan", lambda *a, **k: plans.append(1) or real(*a, **k))
+    ours = policy.OURS.order
+    maestro(world(), policy=policy.Policy(order=lambda *a: moments.append(a) or ours(*a)))
     assert plans
     assert moments
 
@@ -231,11 +231,11 @@ def test_predictions_rest_on_what_has_ended_in_the_replay():
 
     def order(ticket, prediction, now_s):
         asked.append((now_s, ticket.role, prediction.basis))
-        return policy.ORDERS["ours"](ticket, prediction, now_s)
+        return policy.OURS.order(ticket, prediction, now_s)
 
     was = world(4, rate_per_s=6.0, slots=2)
     roles = {s.seen.stage_id: s.seen.role for r in was.runs for s in r.stages}
-    outcome = maestro(was, order=order)
+    outcome = maestro(was, policy=policy.Policy(order=order))
     ended = [(g.ended_at_s, roles[k]) for k, g in outcome.stages.items()]
     for now_s, role, basis in asked:
         known = sum(at_s <= now_s and r == role for at_s, r in ended)

@@ -29,7 +29,7 @@ from maestro_agents.core import (
     Ticket,
 )
 from maestro_agents.errors import QueueUnavailable
-from maestro_agents.policy import ORDERS
+from maestro_agents.policy import LIVE, Policy
 from maestro_agents.ports import EngineHealth
 from maestro_agents.predict.prefix import prompt_blocks
 from maestro_agents.queue.memory import MemoryQueue
@@ -137,7 +137,7 @@ class World:
             self.engines,
             clock=self.clock,
             holder=holder,
-            order=ORDERS[order],
+            policy=LIVE[order],
             probe=self.probe,
             lease_s=LEASE_S,
         )
@@ -249,7 +249,7 @@ async def test_a_users_own_order_is_followed() -> None:
     """Any function of ticket, prediction and time."""
     w = World()
     await w.round()
-    w.scheduler.order = lambda ticket, _prediction, _now_s: -float(ticket.stage_id)
+    w.scheduler.policy = Policy(order=lambda ticket, _prediction, _now_s: -float(ticket.stage_id))
     for stage_id in ("1", "2", "3"):
         await w.push(stage_id)
     await w.round()
@@ -868,7 +868,7 @@ async def test_an_order_that_fails_or_says_nonsense_is_first_come_first_served(c
             raise KeyError(ticket.role)
         return math.nan if ticket.role == "nan" else ticket.pushed_at_s
 
-    w.scheduler.order = order
+    w.scheduler.policy = Policy(order=order)
     for stage_id, role in (("1", "raises"), ("2", "nan"), ("3", "fine"), ("4", "raises")):
         await w.push(stage_id, role=role)
         w.clock.at_s += 0.1

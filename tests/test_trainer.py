@@ -23,7 +23,6 @@ from maestro_agents.cli import serve
 from maestro_agents.core import EngineSpec, Grant, Observation, ServiceClass, Status, Ticket
 from maestro_agents.errors import ModelUnusable
 from maestro_agents.fleet import Fleet
-from maestro_agents.policy import ORDERS
 from maestro_agents.ports import Queue
 from maestro_agents.predict import live, trainer
 from maestro_agents.predict.features import FEATURE_NAMES, FEATURES_VERSION
@@ -296,7 +295,7 @@ async def test_a_pool_trains_a_model_that_beats_its_median_and_all_schedulers_ta
     """Without any model to begin with: trained beside the rounds, which go on granting; published; read by a standby."""
     monkeypatch.setattr(live, "RETRAIN_ROWS", ROWS)
     clock, learner, standby = Clock(), Learner(), Learner()
-    scheduler = Scheduler(queue, [ENGINE], clock=clock, holder="s", order=ORDERS["ours"], predictor=learner)
+    scheduler = Scheduler(queue, [ENGINE], clock=clock, holder="s", predictor=learner)
     assert await scheduler.lead()
     for o in world(ROWS):
         await queue.observe(o)

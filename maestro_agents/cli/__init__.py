@@ -108,6 +108,18 @@ COMMANDS: Final = (
         example="maestro predict eval calls.jsonl.gz",
     ),
     Entry(
+        name="workload",
+        target="workload:run",
+        summary="Compose a workload for the simulator of recorded sessions, or say what is in one.",
+        example="maestro workload sessions.csv.gz --mix coding --rate 1.5 -o w.jsonl.gz",
+    ),
+    Entry(
+        name="simulate",
+        target="simulate:run",
+        summary="Compare policies on a virtual clock: who meets deadlines at which load.",
+        example="maestro simulate w.jsonl.gz --fleet fleet.toml --policy edf --policy ours",
+    ),
+    Entry(
         name="bench",
         target="bench:bench_app",
         summary="Measure: overhead per call, what faults do, whether engines keep our order.",

@@ -33,7 +33,7 @@ from maestro_agents.client import Client
 from maestro_agents.core import EngineSpec, Observation, RunEnd, ServiceClass
 from maestro_agents.errors import ConfigError
 from maestro_agents.fleet import Fleet, Launch, write_fleet
-from maestro_agents.policy import ORDERS
+from maestro_agents.policy import LIVE
 from maestro_agents.queue.embedded import find_server
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ class Elsewhere:
         """Wait until the client has joined its pool; where it schedules itself (no Redis), by this policy."""
         await self._ask(self._room.ready.wait())
         if self._room.scheduler is not None:
-            self._room.scheduler.order = ORDERS[policy]
+            self._room.scheduler.policy = LIVE[policy]
 
     async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(question, self._room.loop))

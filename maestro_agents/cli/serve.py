@@ -53,7 +53,7 @@ def scheduler(
 
 
 async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Settings) -> None:
-    from maestro_agents.policy import ORDERS
+    from maestro_agents.policy import LIVE
     from maestro_agents.predict.live import Learner, default_model
     from maestro_agents.queue.redis import RedisClock, RedisQueue
     from maestro_agents.scheduler import Scheduler
@@ -71,7 +71,7 @@ async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Se
             fleet.running(),
             clock=clock,
             holder=holder,
-            order=ORDERS[policy],
+            policy=LIVE[policy],
             probe=probe,
             predictor=Learner(default_model(), retrain=settings.retrain),
             lease_s=settings.lease_s,
@@ -129,10 +129,10 @@ def emulate(
 
 def check_policy(name: str) -> None:
     """Raise `ConfigError` where there is no such order: before anything is started under it."""
-    from maestro_agents.policy import ORDERS
+    from maestro_agents.policy import LIVE
 
-    if name not in ORDERS:
-        raise ConfigError(f"there is no policy {name!r}: known are {', '.join(ORDERS)}")
+    if name not in LIVE:
+        raise ConfigError(f"there is no policy {name!r}: known are {', '.join(LIVE)}")
 
 
 def until_stopped(work: Coroutine[Any, Any, None]) -> None:

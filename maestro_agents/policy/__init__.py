@@ -1,20 +1,26 @@
 """What to do next: pure functions from a snapshot to a plan. No clock, no socket, no log; ``now_s`` is an argument.
 
-The live scheduler and the simulator call `plan` alike. `priority` gives each stage its moment, `admission` says who may
-start, `routing` where.
+The live scheduler and the simulator call `plan` alike. `priority` gives each stage its moment (`fairness`: between
+tenants), `admission` says who may start, `routing` where; `placement` which models are awake on which GPUs.
+`baselines`: what ours is compared with.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from maestro_agents.core import EngineState, Grant, Prediction, Refusal, Ticket, covered_tokens
-from maestro_agents.policy import admission, priority, routing
-from maestro_agents.policy.priority import ORDERS, Order
+from maestro_agents.policy import admission, baselines, placement, priority, routing
+from maestro_agents.policy.admission import Reserve
+from maestro_agents.policy.placement import Place
+from maestro_agents.policy.priority import Order
+from maestro_agents.policy.routing import Cost
 
-__all__ = ["ORDERS", "Order", "Plan", "Snapshot", "plan"]
+__all__ = ["LIVE", "OURS", "POLICIES", "Knows", "Order", "Place", "Plan", "Policy", "Snapshot", "plan"]
 
 DRIFT = 0.25
 """A stage keeps its moment while a new prediction would move it by less than this share of its distance from the push:
@@ -22,6 +28,63 @@ what is learned meanwhile does not shuffle those who wait, and does not cost a w
 
 HOLD_AFTER_S = 5.0
 """A stage that waited this long for KV memory keeps smaller ones behind it from taking what becomes free."""
+
+
+class Knows(enum.StrEnum):
+    """What a policy is told of a stage and of the run behind it. Live it is always ``predicted``."""
+
+    PREDICTED = "predicted"
+    #: This stage alone: nothing of what may still follow it.
+    STAGE = "stage"
+    #: What all stages come to on average.
+    NOTHING = "nothing"
+    #: The truth, which only a simulation has.
+    ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """How it is decided. Every part is a pure function, and a user's own may take its place."""
+
+    order: Order = priority.ours
+    cost: Cost = routing.cost
+    reserve: Reserve = admission.reserved_output_tokens
+    place: Place = placement.by_value
+    knows: Knows = Knows.PREDICTED
+
+
+OURS: Final = Policy()
+
+POLICIES: Final[Mapping[str, Policy]] = {
+    "ours": OURS,
+    "fcfs": Policy(order=baselines.fcfs),
+    "fcfs-run": Policy(order=baselines.fcfs_run),
+    "edf": Policy(order=baselines.edf),
+    "edf-demote": Policy(order=baselines.demoted(baselines.edf)),
+    "llf": Policy(order=baselines.llf),
+    "plas": Policy(order=baselines.plas),
+    "srtf": Policy(order=baselines.srtf),
+    "maestro-paper": Policy(order=baselines.maestro_paper),
+    "maestro-paper-demote": Policy(order=baselines.demoted(baselines.maestro_paper)),
+    "qlm": Policy(order=baselines.qlm, place=placement.qlm),
+    "lru": Policy(place=placement.lru),
+    "no-colocation": Policy(place=placement.no_colocation),
+    "boost": Policy(order=baselines.boost),
+    "ours-no-deadline": Policy(order=priority.without_deadline),
+    "ours-no-demotion": Policy(order=priority.on_time),
+    "ours-cap": Policy(reserve=admission.cap),
+    "ours-round-robin": Policy(cost=routing.round_robin),
+    "ours-least-loaded": Policy(cost=routing.least_loaded),
+    "ours-nearest": Policy(cost=routing.nearest),
+    "ours-oracle": Policy(knows=Knows.ALL),
+    "ours-no-prediction": Policy(knows=Knows.NOTHING),
+    "ours-no-dag": Policy(knows=Knows.STAGE),
+    "ours-no-prewake": Policy(place=placement.without_foresight),
+}
+"""The policies by name, for the command line."""
+
+LIVE: Final[Mapping[str, Policy]] = {k: p for k, p in POLICIES.items() if p.knows is Knows.PREDICTED}
+"""Those that a scheduler can run; the others can only be simulated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +108,10 @@ class Plan:
     moments: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
 
-def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
+def plan(snapshot: Snapshot, policy: Policy, *, epoch: int, now_s: float) -> Plan:
     """Order the waiting stages, then give each, in that order, the best engine that has room.
 
-    Cost: O(tickets x log tickets + tickets x engines of the model); stops at the last free slot.
+    Cost: O(tickets x log tickets + stages that find a free slot x engines of the model).
     """
     result = Plan()
     engines = {e.spec.engine_id: e for e in snapshot.engines}
@@ -58,19 +121,23 @@ def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
         if ticket.refuse_late and priority.is_late(ticket, prediction, now_s):
             result.refusals.append((ticket, _too_late(ticket, snapshot)))
             continue
-        moment = float("-inf") if ticket.nested else order(ticket, prediction, now_s)
+        moment = float("-inf") if ticket.nested else policy.order(ticket, prediction, now_s)
         if not ticket.nested and abs(moment - ticket.due_at_s) <= DRIFT * abs(moment - ticket.pushed_at_s):
             moment = ticket.due_at_s
         if moment != ticket.due_at_s:
             result.moments.setdefault(ticket.model, {})[ticket.stage_id] = moment
         due.append((moment, ticket.stage_id, ticket))
     held: set[str] = set()
+    full: set[str] = set()  # models
     for moment, _, ticket in sorted(due, key=lambda d: d[:2]):
+        if ticket.model in full and not ticket.nested:
+            continue
         prediction = snapshot.predictions[ticket.stage_id]
         places = candidates(ticket, engines.values())
         if not places:
             continue
-        needs = {e.spec.engine_id: admission.reservation_bytes(ticket, prediction, e) for e in places}
+        tokens = policy.reserve(ticket, prediction)
+        needs = {e.spec.engine_id: admission.reservation_bytes(ticket, tokens, e) for e in places}
         if not any(admission.could_ever_fit(needs[e.spec.engine_id], e) for e in places):
             result.refusals.append(
                 (ticket, Refusal(stage_id=ticket.stage_id, reason="no engine fits", retry_after_s=0.0))
@@ -82,14 +149,15 @@ def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
             if admission.fits(ticket, needs[e.spec.engine_id], e) and (e.spec.engine_id not in held or ticket.nested)
         ]
         if not room:
-            if now_s - ticket.pushed_at_s > HOLD_AFTER_S and any(e.free_slots for e in places):
+            if not any(e.free_slots for e in places):
+                if not ticket.pinned_engine and not ticket.excluded_engines:
+                    full.add(ticket.model)
+            elif now_s - ticket.pushed_at_s > HOLD_AFTER_S:
                 held.update(e.spec.engine_id for e in places)
             continue
         cached = snapshot.cached_tokens
         costs = {
-            e.spec.engine_id: routing.cost(
-                ticket, prediction, e, cached_tokens=cached.get((ticket.stage_id, e.spec.engine_id), 0)
-            )
+            e.spec.engine_id: policy.cost(ticket, prediction, e, cached.get((ticket.stage_id, e.spec.engine_id), 0))
             for e in room
         }
         best = min(room, key=lambda e: (routing.seconds(costs[e.spec.engine_id]), e.reserved_slots, e.spec.engine_id))
@@ -100,7 +168,7 @@ def plan(snapshot: Snapshot, order: Order, *, epoch: int, now_s: float) -> Plan:
             token=0,
             epoch=epoch,
             kv_bytes=needs[place],
-            output_tokens=covered_tokens(ticket, admission.reserved_output_tokens(ticket, prediction), best.spec),
+            output_tokens=covered_tokens(ticket, tokens, best.spec),
             priority=wire_priority(moment),
             because=costs[place],
         )

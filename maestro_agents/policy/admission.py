@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from maestro_agents.core import EngineState, Prediction, Ticket, kv_need_bytes
 
+Reserve = Callable[[Ticket, Prediction], float]
+"""(ticket, prediction) -> output tokens of each choice to promise KV memory for."""
 
-def reservation_bytes(ticket: Ticket, prediction: Prediction, engine: EngineState) -> int:
-    """KV bytes to promise: prompt + `reserved_output_tokens`. All of the engine's where only the guess is larger than that."""
+
+def reservation_bytes(ticket: Ticket, output_tokens: float, engine: EngineState) -> int:
+    """KV bytes to promise: prompt + ``output_tokens``. All of the engine's where only that guess is larger than it has."""
     spec = engine.spec
-    need = kv_need_bytes(ticket, reserved_output_tokens(ticket, prediction), spec)
+    need = kv_need_bytes(ticket, output_tokens, spec)
     return max(min(need, spec.kv_bytes), kv_need_bytes(ticket, 1, spec)) if spec.kv_bytes else need
 
 
@@ -28,3 +33,8 @@ def fits(ticket: Ticket, need_bytes: int, engine: EngineState) -> bool:
 def could_ever_fit(need_bytes: int, engine: EngineState) -> bool:
     """The stage would fit on the engine if it were empty."""
     return engine.spec.kv_bytes == 0 or need_bytes <= engine.spec.kv_bytes
+
+
+def cap(ticket: Ticket, prediction: Prediction) -> float:
+    """A baseline: all that the caller allows, ``max_tokens``; the p99 where it allows anything."""
+    return prediction.output_tokens_p99 if ticket.max_tokens is None else ticket.max_tokens

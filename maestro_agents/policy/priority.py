@@ -7,26 +7,30 @@ order is a pure function of the ticket, its prediction and the time; a user's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
-from maestro_agents.core import Prediction, ServiceClass, Ticket
+from maestro_agents.core import Prediction, Ticket
 
 Order = Callable[[Ticket, Prediction, float], float]
 """(ticket, prediction, now_s) -> due_at_s."""
 
-STRETCH: Final = 4.0
-"""How strongly short runs go before long ones: a run with one second less to go overtakes one pushed 4 s earlier."""
-
-SLACK_SHARE: Final = 0.2
-"""Share of its slack by which a run that has time lets others pass: what interactive and batch share by."""
+DOUBT: Final = 0.25
+"""Share of what is predicted to be left of a run that must fit before its deadline, else it counts as lost: predictions are
+often twice or half the truth, and a run that is given up wrongly costs more than one that is tried in vain."""
 
 MAX_SLACK_S: Final = 600.0
-LATE_S: Final[Mapping[ServiceClass, float]] = {ServiceClass.INTERACTIVE: 12.0, ServiceClass.BATCH: 60.0}
-"""By how much a stage comes due later once its run cannot meet its deadline any more. A person still waits."""
+"""A deadline further away than this (or none) counts as this far."""
 
-MAX_PATIENCE_S: Final = max(*LATE_S.values(), SLACK_SHARE * MAX_SLACK_S)
-"""Longest that a stage lets others pass beyond its share, for whatever reasons."""
+LATE_S: Final = 3600.0
+"""By how much a stage comes due later once its run is lost. With less than that an overload that lasts is spent on runs that
+were lost long ago."""
+
+MAX_JOIN_S: Final = 60.0
+"""Most by which a stage lets others pass since a sibling that its run waits for takes longer."""
+
+TOLERATED_DEBT_S: Final = 30.0
+"""A tenant that is ahead of its share by less than this is hardly held back; from there on the more the further."""
 
 
 def left_s(prediction: Prediction) -> float:
@@ -40,56 +44,39 @@ def end_s(prediction: Prediction) -> float:
 
 
 def is_late(ticket: Ticket, prediction: Prediction, now_s: float) -> bool:
-    """The run cannot meet its deadline any more, or the stage its own limit, even if it never waits again."""
+    """The run cannot meet its deadline any more, or the stage its own limit, even if all goes as predicted."""
     return ticket.deadline_at_s - now_s < end_s(prediction) or ticket.limit_at_s - now_s < prediction.service_s
 
 
+def is_lost(ticket: Ticket, prediction: Prediction, now_s: float) -> bool:
+    """The same beyond reasonable doubt: not even a `DOUBT` of the predicted rest of the run would fit."""
+    rest_s = DOUBT * (prediction.remaining_s + prediction.remaining_tool_s)
+    return min(ticket.deadline_at_s - rest_s, ticket.limit_at_s) - now_s < prediction.service_s
+
+
 def ours(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
-    """Shortest remaining run first; those with slack, and those that are lost, let others pass; nobody is starved.
+    """The deadline plus what is left of the run: who can still make it first, the shorter of two as urgent; lost runs later.
 
-    Slack is time to the deadline beyond what the run still takes, and what a stage has to spare before the slowest sibling
-    that its run waits for ends anyway. Bound: a stage is never passed by one pushed more than ``STRETCH x left +
-    MAX_PATIENCE_S`` seconds after it, since its own moment is not later than that.
+    A stage of a fan-out lets others pass for as long as a slower sibling keeps its run waiting anyway; a tenant ahead of its
+    share (`fairness`) lets the others pass. Bound: a stage is never passed by one pushed more than ``MAX_SLACK_S + LATE_S +
+    MAX_JOIN_S + left`` seconds after it, and ``debt x (1 + debt / TOLERATED_DEBT_S)`` where its own tenant owes.
     """
-    limit_slack_s = max(0.0, ticket.limit_at_s - ticket.pushed_at_s - prediction.service_s)
-    if is_late(ticket, prediction, now_s):
-        patience_s = LATE_S[ticket.service_class]
-    else:
-        slack_s = min(ticket.deadline_at_s - ticket.pushed_at_s - end_s(prediction), limit_slack_s, MAX_SLACK_S)
-        patience_s = SLACK_SHARE * max(0.0, slack_s)
-    patience_s += min(prediction.slack_s, limit_slack_s)
-    return ticket.pushed_at_s + STRETCH * left_s(prediction) + min(MAX_PATIENCE_S, patience_s)
+    due_s = on_time(ticket, prediction, now_s)
+    return due_s + LATE_S if is_lost(ticket, prediction, now_s) else due_s
 
 
-def fcfs(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
-    """First come, first served, by stage: what a plain engine does."""
-    del prediction, now_s
-    return ticket.pushed_at_s
-
-
-def fcfs_run(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
-    """First come, first served, by run."""
-    del prediction, now_s
-    return ticket.run_started_at_s or ticket.pushed_at_s
-
-
-def edf(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
-    """Earliest deadline first."""
-    del prediction, now_s
-    return min(ticket.deadline_at_s, ticket.limit_at_s, ticket.pushed_at_s + 1e6)
-
-
-def srtf(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
-    """Interactive before batch, then shortest predicted remaining time (the paper's order, without preemption)."""
+def on_time(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
+    """Ours for runs that can make it, and an ablation by itself: lost runs keep their turn."""
     del now_s
-    return left_s(prediction) + (1e9 if ticket.service_class is ServiceClass.BATCH else 0.0)
+    due_s = min(ticket.deadline_at_s, ticket.limit_at_s, ticket.pushed_at_s + MAX_SLACK_S)
+    return due_s + left_s(prediction) + min(prediction.slack_s, MAX_JOIN_S) + _yield_s(prediction)
 
 
-ORDERS: Final[Mapping[str, Order]] = {
-    "ours": ours,
-    "fcfs": fcfs,
-    "fcfs-run": fcfs_run,
-    "edf": edf,
-    "maestro-paper": srtf,
-}
-"""The orders by name, for the command line."""
+def without_deadline(ticket: Ticket, prediction: Prediction, now_s: float) -> float:
+    """An ablation: what is left of the run, whenever it must have ended."""
+    del now_s
+    return ticket.pushed_at_s + left_s(prediction) + min(prediction.slack_s, MAX_JOIN_S) + _yield_s(prediction)
+
+
+def _yield_s(prediction: Prediction) -> float:
+    return prediction.debt_s * (1.0 + prediction.debt_s / TOLERATED_DEBT_S)

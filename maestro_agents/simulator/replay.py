@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from maestro_agents import policy
 from maestro_agents.core import EngineSpec, Grant, Ticket
+from maestro_agents.policy import OURS, Policy
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.scheduler import Scheduler
 from maestro_agents.simulator.recording import Engine, Recording, Run, Stage
@@ -178,7 +178,7 @@ class Engines:
 class Maestro:
     """The scheduler itself, with its queue, its statistics and its fast path; only the clock is ours."""
 
-    def __init__(self, batches: Mapping[str, Batch], engines: Mapping[str, Engine], order: policy.Order) -> None:
+    def __init__(self, batches: Mapping[str, Batch], engines: Mapping[str, Engine], policy: Policy) -> None:
         self._batches = batches
         self._engines = engines
         self._clock = VirtualClock()
@@ -188,7 +188,7 @@ class Maestro:
             self._specs[e.model].append(EngineSpec(engine_id=e.key, url="", model=e.model, slots=e.slots))
         specs = [s for found in self._specs.values() for s in found]
         self.scheduler = Scheduler(
-            self._queue, specs, clock=self._clock, holder="replay", order=order, lease_s=FOREVER_S
+            self._queue, specs, clock=self._clock, holder="replay", policy=policy, lease_s=FOREVER_S
         )
         self._waiting: dict[str, _Job] = {}
         self._published_s = -math.inf
@@ -276,12 +276,10 @@ async def first_come(recording: Recording, *, alone: bool = False, tick: Callabl
     return await _play(recording, batches, Engines(batches), tick)
 
 
-async def maestro(
-    recording: Recording, *, order: policy.Order = policy.ORDERS["ours"], tick: Callable[[], None] = lambda: None
-) -> Outcome:
+async def maestro(recording: Recording, *, policy: Policy = OURS, tick: Callable[[], None] = lambda: None) -> Outcome:
     """Play it as it would have been under Maestro."""
     batches = {k: Batch(k, e.slots, e.slowdown) for k, e in recording.engines.items()}
-    return await _play(recording, batches, Maestro(batches, recording.engines, order), tick)
+    return await _play(recording, batches, Maestro(batches, recording.engines, policy), tick)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,265 @@
+"""What the predictor would have said of every recorded call, had it never seen the task: predictions with their real errors.
+
+Tasks fall into `FOLDS` parts (a task that several apps solve is in one part in all of them). What is foreseen of a part's calls
+comes from what was learned of the other parts alone, then frozen (in the words of `predict.backtest`: ``trained``):
+
+- how long each answer is: a `LengthModel` with its `Predictor`, as `maestro predict eval` measures them ("ours"). Calls without
+  recorded texts are predicted from numbers and history;
+- what its run does after it: a second `LengthModel`, whose target is what the run still writes (`rest_of`), its "short" answer
+  that no call follows; and `Workflows`, taught by the other parts' runs as if nothing had waited (`workload.REFERENCE`). The
+  model sees the prompt and the run so far, where `Workflows` knows role and visit. `Foreseen.output_tokens` is its median, which
+  orders runs better than a mean does: few runs are much longer than most. Calls, prompt tokens and tool time are what
+  `Workflows` says, times what the model corrects its tokens by.
+
+Training takes minutes, so what came of it is kept in a file (`write_foreseen`, `read_foreseen`).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import astuple, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+from maestro_agents.core import Observation, RunEnd, ServiceClass, Status, Ticket
+from maestro_agents.errors import ConfigError
+from maestro_agents.predict.backtest import examples_of, trained
+from maestro_agents.predict.features import estimate_ratios
+from maestro_agents.predict.learn import Predictor
+from maestro_agents.predict.length import MIN_ROWS, Example, Progress
+from maestro_agents.predict.roles import Estimate
+from maestro_agents.predict.traces import Call, folds_by_task, read_calls
+from maestro_agents.simulator.sessions import Foresight, Session, sessions, stages
+from maestro_agents.simulator.workload import REFERENCE, Foreseen, kind_of, lines_of
+from maestro_agents.workflow import Remaining, Workflows
+
+FOLDS: Final = 4
+"""Parts of the tasks. What is foreseen of one was learned of the others: three quarters of the trace."""
+
+_WORDS: Final = ("system_prompt", "system_prompt_hash", "input_text", "token_source")
+"""What calls as JSON lines tell beside the numbers."""
+
+_FORMAT: Final = 1
+_MAGIC: Final = "maestro_foreseen"
+_FIELDS: Final = tuple(f.name for f in fields(Foreseen))
+
+
+def foresee(trace: Path, texts: Path | None = None, *, seed: int = 0, progress: Progress | None = None) -> Foresight:
+    """What is foreseen of each call of each session of a trace.
+
+    ``trace``: what `sessions.sessions` reads; ``texts``: calls as JSON lines that tell what some of its calls said, found by app,
+    session and call index. The same files and seed give the same. Raises `ConfigError` for a file that is wrong.
+    """
+    recorded = sessions(trace)
+    calls = _calls(trace, texts, recorded)
+    fold = folds_by_task(calls, FOLDS, seed)
+    examples = examples_of(calls, seed=seed, ratios=estimate_ratios(calls))
+    played = [_played(s, str(n)) for n, s in enumerate(recorded)]
+    rests = [
+        replace(e, output_tokens=tokens, short=not n)
+        for e, (n, tokens) in zip(examples, (rest for log in played for rest in rest_of(log)), strict=True)
+    ]
+    run_of = [n for n, s in enumerate(recorded) for _ in s.calls]
+    said: dict[int, Foreseen] = {}
+    for k in range(FOLDS):
+        seen = [i for i, f in enumerate(fold) if f != k]
+        asked = [i for i, f in enumerate(fold) if f == k]
+        own, rest = (
+            _asked(of, seen, asked, seed, progress, (2 * k + half) / (2 * FOLDS))
+            for half, of in enumerate((examples, rests))
+        )
+        known = _taught([played[n] for n in dict.fromkeys(run_of[i] for i in seen)], seed)
+        for i, length, after in zip(asked, own, rest, strict=True):
+            call = calls[i]
+            ticket = Ticket(
+                stage_id="s",
+                client_id="c",
+                run_id="r",
+                model=call.model,
+                workflow=call.app,
+                role=call.role,
+                node=call.role,
+                visit=examples[i].visit,
+            )
+            said[i] = _foreseen(length, after, known.remaining(ticket))
+    if progress:
+        progress("done", 1.0)
+    found: defaultdict[tuple[str, str], list[Foreseen]] = defaultdict(list)
+    for i, call in enumerate(calls):
+        found[call.app, call.session_id].append(said[i])
+    return dict(found)
+
+
+def rest_of(log: Sequence[Observation]) -> list[tuple[int, int]]:
+    """Calls and output tokens of a run that begin once each of its calls has ended: what `Workflows` counts, too."""
+    rests: list[tuple[int, int]] = []
+    for call in log:
+        later = [o.output_tokens for o in log if o.pushed_at_s >= call.finished_at_s]
+        rests.append((len(later), sum(later)))
+    return rests
+
+
+def _asked(
+    examples: Sequence[Example],
+    seen: Sequence[int],
+    asked: Sequence[int],
+    seed: int,
+    progress: Progress | None,
+    done: float,
+) -> list[Estimate]:
+    """What is said of some examples by a predictor that learned of others."""
+
+    def tell(what: str, share: float) -> None:
+        if progress:
+            progress(what, done + share / (2 * FOLDS))
+
+    known = [examples[i] for i in seen]
+    if len(known) >= MIN_ROWS:
+        predictor = trained(known, seed=seed, progress=tell)[1]
+    else:
+        predictor = Predictor(None)
+        predictor.teach([(e, e.output_tokens) for e in known])
+    return predictor.estimate([examples[i] for i in asked])
+
+
+def _foreseen(own: Estimate, rest: Estimate, known: Remaining) -> Foreseen:
+    """``own``: of the call. ``rest``: of what its run writes after it; ``known``: what its role's runs mostly do after it."""
+    more = rest.p50 / known.output_tokens if known.output_tokens else 0.0
+    numbers = {
+        "output_tokens_mean": own.mean,
+        "output_tokens_p50": own.p50,
+        "output_tokens_p90": own.p90,
+        "output_tokens_p99": own.p99,
+        "stages": known.stages * more,
+        "output_tokens": rest.p50,
+        "prompt_tokens": known.prompt_tokens * more,
+        "tool_s": known.tool_s * more,
+        "ends_p": known.ends_p if math.isnan(rest.short_p) else rest.short_p,
+        "output_tokens_p90_after": rest.p90,
+    }
+    return Foreseen(basis=own.basis, **{name: round(value, 3) for name, value in numbers.items()})
+
+
+# -- recorded calls ------------------------------------------------------------------------------------------------------
+def _calls(trace: Path, texts: Path | None, recorded: Sequence[Session]) -> list[Call]:
+    """The calls of a trace, session by session as ``recorded``, with what ``texts`` tells of them."""
+    if kind_of(trace) == "calls":
+        rows = read_calls(trace)
+    else:
+        rows = [
+            Call(
+                app=r["app"],
+                task_id=r["task_id"],
+                session_id=r["session_id"],
+                call_index=int(r["call_index"]),
+                role=r["role"],
+                model=r["model"],
+                input_tokens=int(r["input_tokens"]),
+                output_tokens=int(r["output_tokens"]),
+            )
+            for r in csv.DictReader(line for _, line in lines_of(trace))
+        ]
+    told = {(c.app, c.session_id, c.call_index): c for c in (read_calls(texts) if texts else ())}
+    found: defaultdict[tuple[str, str, str], list[Call]] = defaultdict(list)
+    for row in rows:
+        text = told.get((row.app, row.session_id, row.call_index), row)
+        words = {name: getattr(text, name) for name in _WORDS}
+        found[row.app, row.session_id, row.task_id].append(replace(row, **words))
+    return [c for s in recorded for c in sorted(found[s.app, s.session_id, s.task_id], key=lambda c: c.call_index)]
+
+
+def _played(session: Session, run_id: str) -> list[Observation]:
+    """What the observation log would hold of a session, had nothing waited."""
+    log: list[Observation] = []
+    for n, stage in enumerate(stages(session, str)):
+        began_s = max((log[i].finished_at_s for i in stage.after), default=0.0) + stage.gap_s
+        log.append(
+            Observation(
+                stage_id=f"{run_id}-{n}",
+                run_id=run_id,
+                workflow=session.app,
+                role=session.calls[n].role,
+                node=session.calls[n].role,
+                model=stage.model,
+                engine_id="",
+                service_class=ServiceClass.BATCH,
+                tenant="",
+                status=Status.DONE,
+                visit=stage.visit,
+                step=n + 1,
+                prompt_tokens=stage.prompt_tokens,
+                output_tokens=stage.output_tokens,
+                pushed_at_s=began_s,
+                granted_at_s=began_s,
+                finished_at_s=began_s + REFERENCE.call_s(stage),
+            )
+        )
+    return log
+
+
+def _taught(logs: Sequence[list[Observation]], seed: int) -> Workflows:
+    """`Workflows` that have seen some runs end, in a random order."""
+    known = Workflows()
+    for log in random.Random(seed).sample(logs, len(logs)):
+        for o in log:
+            known.observe(o)
+        roles = [o.role for o in log]
+        moves = Counter(pairwise(["__start__", *roles, "__end__"]))
+        known.end_run(
+            RunEnd(
+                run_id=log[0].run_id,
+                workflow=log[0].workflow,
+                outcome="done",
+                started_at_s=0.0,
+                ended_at_s=max(o.finished_at_s for o in log),
+                tasks=Counter(roles),
+                calls=Counter(roles),
+                moves=tuple((a, b, n) for (a, b), n in moves.items()),
+            )
+        )
+    return known
+
+
+# -- as a file -----------------------------------------------------------------------------------------------------------
+def write_foreseen(said: Foresight, path: Path) -> None:
+    """Write what was foreseen, whole or not at all; gzipped where the name ends in ``.gz``. The same, the same bytes."""
+    lines: list[Any] = [{_MAGIC: _FORMAT, "fields": _FIELDS}]
+    lines += [[app, session, [astuple(f) for f in found]] for (app, session), found in said.items()]
+    data = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        os.replace(part, path)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written: {e.strerror or e}") from e
+
+
+def read_foreseen(path: Path, recorded: Sequence[Session]) -> Foresight:
+    """Read what `write_foreseen` wrote. Raises `ConfigError` for a damaged file, and for one that was made of other sessions."""
+    found: dict[tuple[str, str], list[Foreseen]] = {}
+    number = 0
+    try:
+        for number, text in lines_of(path):
+            line = json.loads(text)
+            if number == 1:
+                if line != {_MAGIC: _FORMAT, "fields": list(_FIELDS)}:
+                    raise ValueError("it begins no file of predictions of this version")
+                continue
+            app, session, calls = line
+            found[app, session] = [Foreseen(**dict(zip(_FIELDS, call, strict=True))) for call in calls]
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{path}, line {number}: {e}. Remove the file, it is made again") from e
+    for s in recorded:
+        if len(found.get((s.app, s.session_id), ())) != len(s.calls):
+            raise ConfigError(
+                f"{path} was made of another trace: it lacks calls of session {s.session_id!r} of {s.app}. Remove it, it is made again"
+            )
+    return found
