@@ -311,7 +311,9 @@ def predict_cold(name: str) -> str:
     """Apps left out of training, by tasks shown."""
     r = load(name.partition("-")[0])["cold_start"]
     named = [k for k in r["macro"][0] if k != "tasks_shown"]
-    body = [[str(line["tasks_shown"]), *("" if line[k] is None else f"{line[k]:.1f}" for k in named)] for line in r["macro"]]
+    body = [
+        [str(line["tasks_shown"]), *("" if line[k] is None else f"{line[k]:.1f}" for k in named)] for line in r["macro"]
+    ]
     each = {(x["app"], x["tasks_shown"], x["predictor"]): x["mae"] for x in r["apps"]}
     lost = [
         f"{app} after {k}"
@@ -364,7 +366,168 @@ def features(name: str) -> str:
     )
 
 
+# -- maestro simulate ------------------------------------------------------------------------------------------------------
+MIXES = ("support", "coding", "research", "fanout")
+BOUNDS = ("ours-oracle", "edf-demote-oracle", "maestro-paper-demote-oracle")
+
+
+def played(name: str) -> dict[str, Any]:
+    """The rows of `maestro simulate --json` by policy."""
+    return {r["policy"]: r for r in load(name)["rows"]}
+
+
+def percent(row: dict[str, Any], figure: str = "slo") -> str:
+    """Mean and confidence interval, in percent."""
+    ci = row[f"{figure}_ci"]
+    if ci is None:
+        return f"{100 * row[figure]:.1f}"
+    return f"{100 * row[figure]:.1f} ± {100 * (ci[1] - ci[0]) / 2:.1f}"
+
+
+def contention(name: str) -> str:
+    """Deadlines met by policy and mix where EDF meets about 45 %."""
+    found = {mix: played(f"{name}-{mix}") for mix in MIXES}
+    loads = {mix: next(iter(rows.values()))["load"] for mix, rows in found.items()}
+    body = [[f"**{p}**" if p == "ours" else p, *(percent(found[mix][p]) for mix in MIXES)] for p in found[MIXES[0]]]
+    bound = {mix: max(found[mix][p]["slo"] for p in BOUNDS) for mix in MIXES}
+
+    def line(what: str, value: Callable[[str], str]) -> list[str]:
+        return [what, *(value(mix) for mix in MIXES)]
+
+    def above(mix: str, other: str) -> str:
+        difference = found[mix]["ours"]["slo_above"][other]
+        ci = difference.get("ci") if isinstance(difference, dict) else None
+        mean = difference["mean"] if isinstance(difference, dict) else difference
+        return f"{100 * mean:+.1f}" + (f" [{100 * ci[0]:+.1f}, {100 * ci[1]:+.1f}]" if ci else "")
+
+    def delay(mix: str) -> str:
+        ours, fcfs = (found[mix][p]["delay_interactive_mean_s"] for p in ("ours", "fcfs"))
+        return f"{100 * (1 - ours / fcfs):.1f} %" if fcfs else "-"
+
+    def ratio(mix: str, figure: str, of: str) -> str:
+        return f"{found[mix]['ours'][figure] / found[mix][of][figure]:.2f}"
+
+    summary = rows(
+        ["ours against", *MIXES],
+        [
+            line("edf, points (paired over seeds)", lambda m: above(m, "edf")),
+            line("edf-demote, points", lambda m: above(m, "edf-demote")),
+            line(
+                "the bound (best of the three oracles)", lambda m: f"{100 * found[m]['ours']['slo'] / bound[m]:.1f} %"
+            ),
+            line("fcfs: interactive queueing delay less by", delay),
+            line("fcfs: batch tokens in the window, ratio", lambda m: ratio(m, "batch_tokens_in_window", "fcfs")),
+            line("fcfs-run: the same", lambda m: ratio(m, "batch_tokens_in_window", "fcfs-run")),
+            line("boost: p99 run completion, ratio", lambda m: ratio(m, "completion_p99_s", "boost")),
+            line("longest wait of a stage, s", lambda m: f"{found[m]['ours']['longest_wait_s']:.0f}"),
+        ],
+    )
+    state = load(f"{name}-{MIXES[0]}")
+    head = ["deadlines met, %", *(f"{mix}, load {loads[mix]:g}" for mix in MIXES)]
+    runs = ", ".join(f"{found[mix]['ours']['runs']:.0f} ({mix})" for mix in MIXES)
+    return (
+        f"{rows(head, body)}\n\n{summary}\n\nLabel: `{state['label']}`. {state['seeds']} seeds, 95 % intervals by Student's t; runs counted per seed: {runs}; "
+        f"window {state['state']['window_s'][0]:.0f} s and horizon {state['state']['horizon_s'][0]:.0f} s (support). "
+        f"Raw: {', '.join(f'`docs/results/{name}-{mix}.json`' for mix in MIXES)}."
+    )
+
+
+def sweep(name: str) -> str:
+    """Deadlines met by policy over loads, a mix a line."""
+    body: list[list[str]] = []
+    columns: list[str] = []
+    for mix in MIXES:
+        result = load(f"{name}-{mix}")
+        policies = list(dict.fromkeys(r["policy"] for r in result["rows"]))
+        columns = [f"{r['load']:g}" if r["burst"] is None else f"bursts to {r['burst']:g}" for r in result["rows"]]
+        columns = list(dict.fromkeys(columns))
+        for p in policies:
+            mine = [r for r in result["rows"] if r["policy"] == p]
+            body.append([mix, f"**{p}**" if p == "ours" else p, *(percent(r) for r in mine)])
+    result = load(f"{name}-{MIXES[0]}")
+    return f"{rows(['mix', 'deadlines met, %', *columns], body)}\n\nLabel: `{result['label']}`. {result['seeds']} seeds. Raw: `docs/results/{name}-*.json`."
+
+
+def bursts(name: str) -> str:
+    """Deadlines met with bursts, and without, at the same mean load."""
+    body: list[list[str]] = []
+    seeds, label = 0, ""
+    for mix in ("support", "coding"):
+        result = load(f"{name}-{mix}")
+        seeds, label = result["seeds"], result["label"]
+        for p in dict.fromkeys(r["policy"] for r in result["rows"]):
+            steady, burst = (
+                next(r for r in result["rows"] if r["policy"] == p and bool(r["burst"]) is b) for b in (False, True)
+            )
+            body.append(
+                [
+                    mix,
+                    f"**{p}**" if p == "ours" else p,
+                    percent(steady),
+                    percent(burst),
+                    f"{burst['completion_p99_s']:.0f}",
+                ]
+            )
+    head = ["mix", "deadlines met, %", "steady", "with bursts", "bursts: p99 completion, s"]
+    return f"{rows(head, body)}\n\nLabel: `{label}`. {seeds} seed. Raw: `docs/results/{name}-*.json`."
+
+
+def simulated(name: str) -> str:
+    """Any one play of several policies: what differs."""
+    result = load(name)
+    tiers = any(r["cold_starts"] or r["wakes"] for r in result["rows"])
+    flooded = "flood" in name
+    body: list[list[str]] = []
+    for r in result["rows"]:
+        unused, used = r["kv_unused_byte_s"] / 1e12, r["kv_used_byte_s"] / 1e12
+        line = [
+            f"**{r['policy']}**" if r["policy"] == "ours" else r["policy"], f"{r['load']:g}", percent(r), percent(r, "slo_interactive"),
+            percent(r, "slo_batch"), f"{r['completion_p95_s']:.0f} / {r['completion_p99_s']:.0f}", f"{r['delay_interactive_mean_s']:.2f}",
+            f"{unused:.1f} + {used:.1f}", f"{r['jain']:.3f}", f"{r['longest_wait_s']:.0f}",
+        ]  # fmt: skip
+        if tiers:
+            line += [f"{r['cold_starts']:.0f} / {r['wakes']:.0f}"]
+        if flooded:
+            line += [", ".join(f"{t['p95_s']:.0f}" for t in r["tenants"].values())]
+        body.append(line)
+    head = [
+        "policy", "load", "met, %", "interactive", "batch", "completion p95 / p99, s", "interactive delay, s",
+        "KV reserved: unused + used, TB s", "Jain", "longest wait, s",
+    ]  # fmt: skip
+    head += ["cold starts / wakes"] if tiers else []
+    head += ["p95 by tenant, s"] if flooded else []
+    return (
+        f"{rows(head, body)}\n\nLabel: `{result['label']}`. {result['seeds']} seeds; window {result['state']['window_s'][0]:.0f} s, horizon "
+        f"{result['state']['horizon_s'][0]:.0f} s; fleet `{result['fleet']['name']}`. Raw: `docs/results/{name}.json`."
+    )
+
+
+def scale(name: str) -> str:
+    """Cost of a decision by size of the fleet, and of the queue."""
+    result = load(name)
+    parts = [
+        rows(
+            [what, "decisions", "us a decision", "us a stage in all"],
+            [
+                [f"{r[key]:,}", f"{r['decisions']:,}", f"{r['us_per_decision']:.0f}", f"{r['us_per_stage_in_all']:.0f}"]
+                for r in result[series]
+            ],
+        )
+        for series, key, what in (("fleet", "engines", "engines"), ("queue", "runs", "runs ready at once, 4 engines"))
+    ]
+    return "\n\n".join(parts) + f"\n\nLabel: `{result['label']}`. Raw: `docs/results/{name}.json`."
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "simulate-contention": contention,
+    "simulate-loads": sweep,
+    "simulate-bursts": bursts,
+    "simulate-flood": simulated,
+    "simulate-calm": simulated,
+    "simulate-kv": simulated,
+    "simulate-models": simulated,
+    "simulate-clusters": simulated,
+    "scale": scale,
     "features": features,
     "predict": predict,
     "predict-apps": predict_apps,

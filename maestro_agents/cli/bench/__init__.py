@@ -345,6 +345,30 @@ def measure_starvation(
     )
 
 
+@bench_app.command("scale")
+def measure_scale(
+    largest: Annotated[int, typer.Option(min=4, help="Engines of the largest fleet, and runs of the longest queue.")] = 10_000,
+    as_json: Json = False,
+) -> None:
+    """What a decision costs as fleet and queue grow, on emulated engines. Example: maestro bench scale --largest 1000"""
+    from maestro_agents.cli.bench import scale as bench
+
+    result = bench.run([n for n in bench.FLEETS if n <= largest], [n for n in bench.QUEUES if n <= largest])
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    for what, title in (("fleet", "the fleet grows"), ("queue", "the queue grows")):
+        table = Table("engines", "runs", "decisions", "us a decision", "us a stage in all", title=title)
+        for row in result[what]:
+            table.add_row(
+                str(row["engines"]), f"{row['runs']:,}", f"{row['decisions']:,}", f"{row['us_per_decision']:.0f}",
+                f"{row['us_per_stage_in_all']:.0f}",
+            )  # fmt: skip
+        console.print(table)
+    console.print(f"Label: {result['label']}.")
+
+
 @bench_app.command("graphs")
 def measure_graphs(
     construct: Annotated[list[str] | None, typer.Option("--construct", help="Only these; default all.")] = None,
