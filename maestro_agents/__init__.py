@@ -10,7 +10,7 @@ What does the prompt look like?         `maestro_agents.predict` (features, prom
 The call waits at the gate              ``maestro_langgraph`` (gate), `maestro_agents.client` (`Client.open`, `Pass.wait`), `maestro_agents.room` behind it
 The ticket is pushed                    `maestro_agents.queue` (``memory`` is the specification, ``redis`` keeps its promises)
 What will it cost, what may follow?     `maestro_agents.predict` (length, learn, roles, memory), `maestro_agents.workflow`
-Who goes first, where to, does it fit?  `maestro_agents.policy` (priority, routing, admission: pure functions)
+Who goes first, where to, does it fit?  `maestro_agents.policy` (priority, fairness, routing, admission: pure functions)
 It is granted an engine                 `maestro_agents.scheduler` (collect, predict, plan, grant, act, learn)
 Tokens stream                           straight from the engine to the app: no Python of ours stands between
 The completion is learned from          `maestro_agents.client` writes it, `maestro_agents.scheduler` reads it, `maestro_agents.predict` learns
@@ -25,8 +25,9 @@ Around the journey:
 * `maestro_agents.settings`: ``MAESTRO_*`` and ``maestro.toml``; `maestro_agents.fleet`: ``fleet.toml``;
   `maestro_agents.events`: the file with a line for every call and run that ended.
 * `maestro_agents.guard`: child processes that end when their owner does, kill -9 included.
-* `maestro_agents.simulator`: the engine model that the emulator runs on, and a record played again on a virtual clock
-  (workloads and policies of one's own are still to come).
+* `maestro_agents.simulator`: the engine model that the emulator runs on; a record played again (`recording`, `replay`); and
+  workloads made of recorded sessions (`sessions`, `compose`, `workload`) played under any policy (`world`, `gpus`) on `hardware`
+  with published speeds, predicted by models that never saw them (`foresight`), counted (`score`), to look at (`perfetto`).
 * ``maestro_serving``: launch, adopt, observe and emulate engines.
 * `maestro_agents.cli`: the ``maestro`` command.
 

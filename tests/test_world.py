@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maestro_agents import policy, scheduler
+from maestro_agents.cli.bench import scale
 from maestro_agents.core import EngineSpec, ServiceClass, Ticket
 from maestro_agents.policy import LIVE, POLICIES, Knows, Policy, Snapshot
 from maestro_agents.simulator import world
@@ -182,6 +183,13 @@ class Clock:
 
     def now_s(self) -> float:
         return self.at_s
+
+
+def test_a_decision_costs_about_the_same_whatever_the_fleet() -> None:
+    """The bench plays what it says, and every run of its fleets gets its decisions."""
+    found = scale.run((4, 12), (10,))
+    assert [r["engines"] for r in found["fleet"]] == [4, 12]
+    assert all(r["decisions"] > r["runs"] and r["us_per_decision"] > 0 for r in found["fleet"])
 
 
 async def test_a_live_snapshot_gives_the_plan_that_was_carried_out(

@@ -452,7 +452,7 @@ def bursts(name: str) -> str:
     """Deadlines met with bursts, and without, at the same mean load."""
     body: list[list[str]] = []
     seeds, label = 0, ""
-    for mix in ("support", "coding"):
+    for mix in ("support",):
         result = load(f"{name}-{mix}")
         seeds, label = result["seeds"], result["label"]
         for p in dict.fromkeys(r["policy"] for r in result["rows"]):

@@ -85,7 +85,12 @@ def emulate(
     model: Annotated[list[str] | None, typer.Option("--model", help="A model to serve; may be repeated.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port; it is printed.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    profile: Annotated[str, typer.Option(help="How fast it is: `cpu-tiny` or `gpu`.")] = "cpu-tiny",
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="How fast it is: `cpu-tiny`, `gpu`, or MODEL@GPU, e.g. llama-3.1-8b@a100-80g (docs/hardware.md)."
+        ),
+    ] = "cpu-tiny",
     speed: Annotated[float, typer.Option(min=0.001, help="How many times faster than its profile.")] = 1.0,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests in a batch.")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt + output, in tokens.")] = None,
@@ -96,11 +101,11 @@ def emulate(
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="Key that /v1 asks for.")] = None,
 ) -> None:
     """Run an emulated vLLM server: the same API, metrics and queueing, timing from a model, answers that are filler."""
-    from maestro_agents.simulator.engine import PROFILES, Scheduling
+    from maestro_agents.simulator.engine import Scheduling
+    from maestro_agents.simulator.hardware import named_profile
     from maestro_serving.emulator import EmulatedModel, EmulatorConfig, serve
 
-    if profile not in PROFILES:
-        raise ConfigError(f"there is no profile {profile!r}: known are {', '.join(PROFILES)}")
+    base = named_profile(profile)
     if scheduling_policy not in set(Scheduling):
         raise ConfigError(f"there is no scheduling policy {scheduling_policy!r}: known are {', '.join(Scheduling)}")
     changes: dict[str, Any] = {
@@ -109,7 +114,6 @@ def emulate(
         "max_queued": max_num_queued_reqs,
         "scheduling": Scheduling(scheduling_policy),
     }
-    base = PROFILES[profile]
     try:
         engine = dataclasses.replace(base, **{k: v for k, v in changes.items() if v is not None})
         models = tuple(EmulatedModel(name=name, profile=engine) for name in model or ["tiny"])

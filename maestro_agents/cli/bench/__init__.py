@@ -347,7 +347,9 @@ def measure_starvation(
 
 @bench_app.command("scale")
 def measure_scale(
-    largest: Annotated[int, typer.Option(min=4, help="Engines of the largest fleet, and runs of the longest queue.")] = 10_000,
+    largest: Annotated[
+        int, typer.Option(min=4, help="Engines of the largest fleet, and runs of the longest queue.")
+    ] = 10_000,
     as_json: Json = False,
 ) -> None:
     """What a decision costs as fleet and queue grow, on emulated engines. Example: maestro bench scale --largest 1000"""
