@@ -28,7 +28,7 @@ from maestro_agents.predict import live, trainer
 from maestro_agents.predict.features import FEATURE_NAMES, FEATURES_VERSION
 from maestro_agents.predict.length import LengthModel, train
 from maestro_agents.predict.live import Learner, Trial, default_model
-from maestro_agents.predict.roles import WINDOW
+from maestro_agents.predict.roles import WINDOW, RoleStatistics
 from maestro_agents.predict.trainer import Job, Row, Rows, Verdict, example_of, fitted, train_apart
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.queue.redis import RedisQueue
@@ -490,6 +490,27 @@ async def test_training_that_fails_is_told_and_everything_else_goes_on(
     await tended(learner, queue, now_s=NOW_S + live.STATUS_S)
     assert json.loads(await queue.predictor_status())["trouble"] == "no memory left"
     assert said(learner).basis == "role(1)"
+
+
+def test_a_model_that_fails_keeps_nothing_from_the_statistics(
+    good: LengthModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage teaches once, is kept once to train on, and the failure is told once."""
+
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    learner = Learner(good)
+    monkeypatch.setattr(LengthModel, "predict", broken)
+    for start in (0, 40):
+        learner.observe(world(3, start=start))
+    assert len(learner.rows) == 6
+    counted = RoleStatistics()
+    for o in (*world(3), *world(3, start=40)):
+        counted.add(o, o.choice_tokens)
+    for o in world(3):
+        assert learner.predictor.statistics.seen(o) == counted.seen(o) > 0
+    assert messages(caplog, logging.ERROR) == ["a bug (learning); statistics go on"]
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------

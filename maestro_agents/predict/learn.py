@@ -215,19 +215,24 @@ class Predictor:
     # -- learn -------------------------------------------------------------------------------------------------------
     def teach(self, pairs: Sequence[tuple[Stage, int]], *, statistics: bool = True) -> None:
         """Take stages with what they wrote, one after another. Without ``statistics``, which another predictor of this
-        pool keeps for both: into offsets and errors alone.
+        pool keeps for both: into offsets and errors alone. Where the model fails they teach the statistics, then it is raised.
         """
         at = [i for i, (s, _) in enumerate(pairs) if usable(s.features)] if self.model is not None else []
         rows = {i: row for row, i in enumerate(at)}
+        raw: Lengths | None = None
+        failed: Exception | None = None
         if at and self.model is not None:
-            raw = self.model.predict([pairs[i][0] for i in at], [self.statistics.told(pairs[i][0]) for i in at])
-        else:
-            raw = None
+            try:
+                raw = self.model.predict([pairs[i][0] for i in at], [self.statistics.told(pairs[i][0]) for i in at])
+            except Exception as e:
+                failed = e
         for i, (stage, tokens) in enumerate(pairs):
             if raw is not None and i in rows:
                 self._judge(stage, tokens, raw, rows[i])
             if statistics:
                 self.statistics.add(stage, tokens)
+        if failed is not None:
+            raise failed
 
     def _judge(self, stage: Stage, tokens: int, raw: Lengths, row: int) -> None:
         """Hold what the model says of a stage against what it wrote."""

@@ -166,9 +166,15 @@ class Learner:
                 self.predictor.statistics.add(found or o, o.choice_tokens)
             else:
                 pairs.append((found or o, o.choice_tokens))
-        if self.trial is not None:
-            self._try(self.trial, [(s, n) for s, n in pairs if usable(s.features)])
-        self.predictor.teach(pairs)
+        try:
+            if self.trial is not None:
+                self._try(self.trial, [(s, n) for s, n in pairs if usable(s.features)])
+        except Exception as e:
+            self._bug("trying a model", e)
+        try:
+            self.predictor.teach(pairs)
+        except Exception as e:
+            self._bug("learning", e)
 
     def _try(self, trial: Trial, pairs: Sequence[tuple[Stage, int]]) -> None:
         """Hold both models against what ended."""
