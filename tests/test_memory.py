@@ -342,7 +342,7 @@ def test_an_engine_whose_memory_makes_no_sense_cannot_be_built(wrong: Mapping[st
 
 
 def test_one_function_chooses_how_much_output_is_reserved() -> None:
-    """A reservation is the prompt and what `reserved_output_tokens` says, for each choice."""
+    """A reservation is the prompt and what the policy (ours: `reserved_output_tokens`) says, for each choice."""
     prediction = Prediction(
         output_tokens_mean=30,
         output_tokens_p50=20,
@@ -354,7 +354,7 @@ def test_one_function_chooses_how_much_output_is_reserved() -> None:
     for t in (ticket(100), ticket(100, choices=4), ticket(100, max_tokens=10), ticket(100, streams=True)):
         out = admission.reserved_output_tokens(t, prediction)
         assert out in (20, 80, 200)
-        assert admission.reservation_bytes(t, prediction, EngineState(spec=SPEC)) == kv_need_bytes(t, out, SPEC)
+        assert admission.reservation_bytes(t, out, EngineState(spec=SPEC)) == kv_need_bytes(t, out, SPEC)
 
 
 # -- a real vLLM -------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_an_unknown_policy(run: Run, command: str) -> None:
     """The policies that there are are named, before anything is started or asked."""
     Path("fleet.toml").write_text(ENGINE)
     said = run(*command.split(), "fleet.toml", "--redis-url", NO_REDIS, "--policy", "lifo")
-    refused(said, "there is no policy 'lifo': known are ours, fcfs, fcfs-run, edf, maestro-paper")
+    refused(said, "there is no policy 'lifo': known are ours, fcfs, fcfs-run, edf, edf-demote, llf,")
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,7 @@ class Stack:
                 notice=self._notice,
             )
         self.fleet = self.fleet.adopt(urls)
+        failed: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:  # the first failure ends the waiting for the others
                 for engine in self._engines.values():
@@ -226,7 +227,9 @@ class Stack:
                     if spec.engine_id not in self._engines:
                         group.create_task(self._look_at(spec))
         except* MaestroError as e:
-            raise e.exceptions[0] from None
+            failed = e.exceptions[0]  # raised in here, some versions of Python would wrap it again
+        if failed is not None:
+            raise failed from None
         if self.keep:
             for engine in self._engines.values():
                 self._keep_alive(engine.keep())
