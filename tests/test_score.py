@@ -15,10 +15,11 @@ import pytest
 from maestro_agents.core import EngineSpec, ServiceClass
 from maestro_agents.policy import POLICIES
 from maestro_agents.simulator.engine import EngineProfile
+from maestro_agents.simulator.hardware import SimEngine
 from maestro_agents.simulator.perfetto import Perfetto
 from maestro_agents.simulator.score import Score, jain, quantile
 from maestro_agents.simulator.workload import Foreseen, Run, Stage, Workload
-from maestro_agents.simulator.world import EVENTS, Event, Outage, SimEngine, World
+from maestro_agents.simulator.world import EVENTS, Event, Outage, World
 from tests import scorer
 
 ONE_BY_ONE = EngineProfile(
@@ -32,7 +33,7 @@ def engine(name: str = "a", cluster: str = "here", profile: EngineProfile = ONE_
         engine_id=name, url="sim://", model="small", slots=profile.max_num_seqs, kv_bytes=100_000, kv_bytes_per_token=2,
         cluster=cluster, prefill_s_per_token=0.0, decode_s_per_token=1.0, max_model_len=1024,
     )  # fmt: skip
-    return SimEngine(spec=spec, profile=profile, gpu=f"{cluster}.{name}")
+    return SimEngine(spec=spec, profile=profile, gpus=(f"{cluster}.{name}",))
 
 
 def stage(output_tokens: int, **more: Any) -> Stage:

@@ -18,8 +18,9 @@ from maestro_agents.core import EngineSpec, ServiceClass, Ticket
 from maestro_agents.policy import LIVE, POLICIES, Knows, Policy, Snapshot
 from maestro_agents.simulator import world
 from maestro_agents.simulator.engine import EngineProfile
+from maestro_agents.simulator.hardware import SimEngine
 from maestro_agents.simulator.workload import Foreseen, Run, Stage, Workload
-from maestro_agents.simulator.world import EVENTS, Event, Outage, SimEngine, World
+from maestro_agents.simulator.world import EVENTS, Event, Outage, World
 from tests.queues import fresh_redis_queue
 
 PROFILE = EngineProfile(max_num_seqs=8, num_blocks=512, max_model_len=2048)

@@ -328,11 +328,11 @@ def arrival_times(
         taken = [ring[i % n] + i // n * turn_s for i in range(first, first + count + 1)]
         span_s = taken[-1] - taken[0]
         even = [(t - taken[0]) / span_s if span_s else i / count for i, t in enumerate(taken[:-1])]
-    bend = _bent(window_s, bursts)
+    bend = bent(window_s, bursts)
     return [min(round(bend(share), 6), math.nextafter(window_s, 0.0)) for share in even]
 
 
-def _bent(window_s: float, bursts: Sequence[Burst]) -> Callable[[float], float]:
+def bent(window_s: float, bursts: Sequence[Burst]) -> Callable[[float], float]:
     """From a share of the arrivals to the moment by which it has come."""
     ordered = sorted(bursts, key=lambda b: b.at_s)
     calm_s = window_s - sum(b.for_s for b in ordered)

@@ -377,7 +377,7 @@ class SimEngine:
     spec: EngineSpec
     profile: EngineProfile
     #: Where it runs; several with tensor parallelism.
-    gpus: tuple[str, ...]
+    gpus: tuple[str, ...] = ()
     #: None for an engine of a live fleet, of which only the profile is known: it stays where it is.
     served: Served | None = None
 

@@ -37,7 +37,7 @@ from maestro_agents.predict.roles import RoleStatistics
 from maestro_agents.predict.speed import EngineSpeeds, Speed
 from maestro_agents.simulator.engine import Engine, EngineProfile, EngineRequest, RequestRecord
 from maestro_agents.simulator.gpus import Gpus, Hooks
-from maestro_agents.simulator.hardware import SimFleet
+from maestro_agents.simulator.hardware import SimEngine, SimFleet
 from maestro_agents.simulator.workload import Foreseen, Reference, Run, Stage, Workload, unloaded_s
 from maestro_agents.workflow import Workflows, join_slack
 
@@ -72,15 +72,6 @@ DETECT_S: Final = 1.0
 
 LOOK_S: Final = 0.2
 """Shortest time between two looks at how far a stream has outgrown its reservation."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SimEngine:
-    """An engine of a simulated fleet: what the scheduler knows of it, and how fast it is."""
-
-    spec: EngineSpec
-    profile: EngineProfile
-    gpu: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +191,7 @@ class World:
         self._events: list[tuple[float, int, Callable[..., None], Any]] = []
         self._count = 0
         self._gpus: Gpus | None = None
-        engines: Sequence[Any] = fleet.engines if isinstance(fleet, SimFleet) else fleet
+        engines: Sequence[SimEngine] = fleet.engines if isinstance(fleet, SimFleet) else fleet
         self._slots = sum(e.spec.slots for e in engines)
         if isinstance(fleet, SimFleet) and Gpus.shared(fleet):
             self._gpus = Gpus(fleet, workload, policy.place)

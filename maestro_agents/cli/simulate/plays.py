@@ -31,7 +31,7 @@ from maestro_agents.simulator.compose import (
     MIXES,
     Arrivals,
     Burst,
-    _bent,
+    bent,
     compose,
     flooded,
     read_arrivals,
@@ -263,7 +263,7 @@ def _with_bursts(workload: Workload, factor: float) -> Workload:
     for_s = min(BURST_S, window_s / 6)
     number = max(1, int(window_s / BURST_EVERY_S))
     every_s = window_s / number
-    bend = _bent(window_s, [Burst(at_s=every_s * (n + 0.5), for_s=for_s, factor=factor) for n in range(number)])
+    bend = bent(window_s, [Burst(at_s=every_s * (n + 0.5), for_s=for_s, factor=factor) for n in range(number)])
     return dataclasses.replace(
         workload,
         runs=tuple(
