@@ -76,6 +76,7 @@ FILE_S: Final = 0.5
 OWN_LOG_LENGTH: Final = 2_000
 """Observations that an own queue keeps: its only reader, the scheduler beside it, is never further behind."""
 
+WITHDRAWN: Final = "This call was withdrawn while it waited."
 UNSERVED_LIMIT: Final = 1_000
 
 
@@ -312,7 +313,8 @@ class Room:
 
     async def admit(self, p: Pass) -> None:
         """Push a stage; its caller is answered here (fast path), by the listener, or when Maestro is out."""
-        if p.ended:
+        if p.ended:  # withdrawn before it came here; `withdraw` may have found an older future of it
+            _fail(p, RunGone(WITHDRAWN))
             return
         self.waiting[p.ticket.stage_id] = p
         if not self.ready.is_set():
@@ -697,7 +699,7 @@ class Room:
         t = p.ticket
         known = self._waits(p, t.stage_id) or self.held.pop(t.stage_id, None) is not None
         self._let_go(p)
-        _fail(p, RunGone("This call was withdrawn while it waited."))
+        _fail(p, RunGone(WITHDRAWN))
         if not self._end_locally(t.stage_id) and known and p.pushed:
             # At the caller's own URL the bound is on what this app keeps open, and that is closed now.
             ours = p.engine is None or not p.engine.original
