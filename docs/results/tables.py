@@ -436,7 +436,7 @@ def sweep(name: str) -> str:
     """Deadlines met by policy over loads, a mix a line."""
     body: list[list[str]] = []
     columns: list[str] = []
-    for mix in MIXES:
+    for mix in (m for m in MIXES if (HERE / f"{name}-{m}.json").exists()):
         result = load(f"{name}-{mix}")
         policies = list(dict.fromkeys(r["policy"] for r in result["rows"]))
         columns = [f"{r['load']:g}" if r["burst"] is None else f"bursts to {r['burst']:g}" for r in result["rows"]]
