@@ -445,6 +445,7 @@ async def test_expected_hits_are_what_engines_report(caching: list[CachingServer
         server.caches = True
     with managed(tmp_path, {"a": caching[0].url, "b": caching[1].url}, slots=slots):
         maestro.install()
+        await until(lambda: Client.current().salt)  # a call that leaves before carries no hashes
         await call_all(caching[0].url, 60)
         seen = await call_all(caching[0].url, 60)
         scheduler = Client.current()._room.scheduler
@@ -511,6 +512,7 @@ async def test_expected_hits_are_what_a_real_vllm_reports(tmp_path: Path, capsys
         await probe.close()
         with managed(tmp_path, {"a": url}, slots=4, more=f"kv_block_tokens = {block}"):
             maestro.install()
+            await until(lambda: Client.current().salt)
             await call_all(url, 200)
             await call_all(url, 200)
             await until(lambda: error_of("a")["completions"] == 400)

@@ -34,5 +34,5 @@ play simulate-clusters "ours ours-round-robin ours-least-loaded ours-nearest" --
 for mix in support coding research fanout; do
     play "simulate-loads-$mix" "$calm" --mix "$mix" --window 900 --fleet $one --load 0.5,1.0,1.2 --seeds 2
 done
-play simulate-bursts-support "$calm" --mix support --window 3600 --fleet $one --load 0.8 --burst 2.0 --seeds 1
+play simulate-bursts "$calm" --mix support --window 3600 --fleet $one --load 0.8 --burst 2.0 --seeds 1
 maestro bench scale --json >docs/results/scale.json

@@ -436,7 +436,7 @@ def sweep(name: str) -> str:
     """Deadlines met by policy over loads, a mix a line."""
     body: list[list[str]] = []
     columns: list[str] = []
-    for mix in (m for m in MIXES if (HERE / f"{name}-{m}.json").exists()):
+    for mix in MIXES:
         result = load(f"{name}-{mix}")
         policies = list(dict.fromkeys(r["policy"] for r in result["rows"]))
         columns = [f"{r['load']:g}" if r["burst"] is None else f"bursts to {r['burst']:g}" for r in result["rows"]]
@@ -450,26 +450,16 @@ def sweep(name: str) -> str:
 
 def bursts(name: str) -> str:
     """Deadlines met with bursts, and without, at the same mean load."""
+    result = load(name)
     body: list[list[str]] = []
-    seeds, label = 0, ""
-    for mix in ("support",):
-        result = load(f"{name}-{mix}")
-        seeds, label = result["seeds"], result["label"]
-        for p in dict.fromkeys(r["policy"] for r in result["rows"]):
-            steady, burst = (
-                next(r for r in result["rows"] if r["policy"] == p and bool(r["burst"]) is b) for b in (False, True)
-            )
-            body.append(
-                [
-                    mix,
-                    f"**{p}**" if p == "ours" else p,
-                    percent(steady),
-                    percent(burst),
-                    f"{burst['completion_p99_s']:.0f}",
-                ]
-            )
-    head = ["mix", "deadlines met, %", "steady", "with bursts", "bursts: p99 completion, s"]
-    return f"{rows(head, body)}\n\nLabel: `{label}`. {seeds} seed. Raw: `docs/results/{name}-*.json`."
+    for p in dict.fromkeys(r["policy"] for r in result["rows"]):
+        steady, burst = (
+            next(r for r in result["rows"] if r["policy"] == p and bool(r["burst"]) is b) for b in (False, True)
+        )
+        late = f"{burst['completion_p99_s']:.0f}"
+        body.append([f"**{p}**" if p == "ours" else p, percent(steady), percent(burst), late])
+    head = ["deadlines met, %", "steady", "with bursts", "bursts: p99 completion, s"]
+    return f"{rows(head, body)}\n\nLabel: `{result['label']}`. {result['seeds']} seed. Raw: `docs/results/{name}.json`."
 
 
 def simulated(name: str) -> str:

@@ -151,7 +151,9 @@ class Learner:
             self._bug("predicting", e)
             return self.predictor.statistics.predict(tickets, engines, workflows)
         self._estimates = known
-        return {t.stage_id: prediction(t, known[t.stage_id][1], engines[t.model], workflows) for t in tickets}
+        return {
+            t.stage_id: prediction(t, known[t.stage_id][1], engines[t.model], workflows.remaining(t)) for t in tickets
+        }
 
     def observe(self, finished: Sequence[Observation]) -> None:
         """See `Predicts`. What a model was trained on teaches the statistics, and says nothing of how wrong it is."""

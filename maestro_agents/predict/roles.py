@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from maestro_agents.core import EngineSpec, Observation, Prediction, Status, Ticket
 from maestro_agents.ports import Queue
-from maestro_agents.workflow import Workflows
+from maestro_agents.workflow import Remaining, Workflows
 
 WINDOW: Final = 200
 """Latest output lengths of one level that are remembered."""
@@ -112,8 +112,8 @@ class Estimate:
     basis: str = "prior"
 
 
-def prediction(ticket: Ticket, e: Estimate, engine: EngineSpec, workflows: Workflows) -> Prediction:
-    """What the scheduler plans by: a waiting stage's estimate, within what its caller allows, and the run behind it."""
+def prediction(ticket: Ticket, e: Estimate, engine: EngineSpec, rest: Remaining) -> Prediction:
+    """What the scheduler plans by: a waiting stage's estimate, within what its caller allows, and the rest of its run."""
     bound = math.inf if ticket.max_tokens is None else ticket.max_tokens
     mean = min(e.mean, bound)
     return Prediction(
@@ -123,7 +123,7 @@ def prediction(ticket: Ticket, e: Estimate, engine: EngineSpec, workflows: Workf
         output_tokens_p99=min(e.p99, bound),
         service_s=ticket.prompt_tokens * engine.prefill_s_per_token + mean * engine.decode_s_per_token,
         basis=e.basis,
-        **workflows.remaining(ticket).of_prediction(),
+        **rest.of_prediction(),
     )
 
 
@@ -237,7 +237,7 @@ class RoleStatistics:
         self, tickets: Sequence[Ticket], engines: Mapping[str, EngineSpec], workflows: Workflows
     ) -> dict[str, Prediction]:
         """See `Predicts`."""
-        return {t.stage_id: prediction(t, self.estimate(t), engines[t.model], workflows) for t in tickets}
+        return {t.stage_id: prediction(t, self.estimate(t), engines[t.model], workflows.remaining(t)) for t in tickets}
 
     async def tend(
         self, queue: Queue, *, epoch: int | None, now_s: float, more: Callable[[], Mapping[str, Any]]

@@ -567,12 +567,9 @@ def _foreseen(found: Sequence[Stage], branches: Sequence[Sequence[Stage]]) -> It
             + answers,
             "tool_s": max((f.tool_s for f in each), default=0.0),
             "ends_p": 0.0,
-            "output_tokens_p90_after": times * sum(f.output_tokens_p90_after + own * f.output_tokens_p90 for f in each)
-            + said.output_tokens_p90,
         }
 
     nothing = {"stages": 0.0, "output_tokens": 0.0, "prompt_tokens": 0.0, "tool_s": 0.0, "ends_p": 1.0}
-    nothing["output_tokens_p90_after"] = 0.0
     places = [i for branch in branches for i in range(len(branch))]
     ahead = [after(-1, sum(BRANCHES) / 2 / len(branches)), *map(after, places), nothing]
     for stage, still in zip(found, ahead, strict=True):

@@ -17,19 +17,16 @@ Training takes minutes, so what came of it is kept in a file (`write_foreseen`, 
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import math
-import os
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from maestro_agents.core import Observation, RunEnd, ServiceClass, Status, Ticket
+from maestro_agents.core import Observation, ServiceClass, Status, Ticket
 from maestro_agents.errors import ConfigError
 from maestro_agents.predict.backtest import examples_of, trained
 from maestro_agents.predict.features import estimate_ratios
@@ -37,8 +34,8 @@ from maestro_agents.predict.learn import Predictor
 from maestro_agents.predict.length import MIN_ROWS, Example, Progress
 from maestro_agents.predict.roles import Estimate
 from maestro_agents.predict.traces import Call, folds_by_task, read_calls
-from maestro_agents.simulator.sessions import Foresight, Session, sessions, stages
-from maestro_agents.simulator.workload import REFERENCE, Foreseen, kind_of, lines_of
+from maestro_agents.simulator.sessions import Foresight, Session, end_of, sessions, stages
+from maestro_agents.simulator.workload import REFERENCE, Foreseen, kind_of, lines_of, write_lines
 from maestro_agents.workflow import Remaining, Workflows
 
 FOLDS: Final = 4
@@ -143,7 +140,6 @@ def _foreseen(own: Estimate, rest: Estimate, known: Remaining) -> Foreseen:
         "prompt_tokens": known.prompt_tokens * more,
         "tool_s": known.tool_s * more,
         "ends_p": known.ends_p if math.isnan(rest.short_p) else rest.short_p,
-        "output_tokens_p90_after": rest.p90,
     }
     return Foreseen(basis=own.basis, **{name: round(value, 3) for name, value in numbers.items()})
 
@@ -211,35 +207,16 @@ def _taught(logs: Sequence[list[Observation]], seed: int) -> Workflows:
     for log in random.Random(seed).sample(logs, len(logs)):
         for o in log:
             known.observe(o)
-        roles = [o.role for o in log]
-        moves = Counter(pairwise(["__start__", *roles, "__end__"]))
-        known.end_run(
-            RunEnd(
-                run_id=log[0].run_id,
-                workflow=log[0].workflow,
-                outcome="done",
-                started_at_s=0.0,
-                ended_at_s=max(o.finished_at_s for o in log),
-                tasks=Counter(roles),
-                calls=Counter(roles),
-                moves=tuple((a, b, n) for (a, b), n in moves.items()),
-            )
-        )
+        known.end_run(end_of(log, started_at_s=0.0, ended_at_s=max(o.finished_at_s for o in log)))
     return known
 
 
 # -- as a file -----------------------------------------------------------------------------------------------------------
 def write_foreseen(said: Foresight, path: Path) -> None:
-    """Write what was foreseen, whole or not at all; gzipped where the name ends in ``.gz``. The same, the same bytes."""
+    """Write what was foreseen (`workload.write_lines`)."""
     lines: list[Any] = [{_MAGIC: _FORMAT, "fields": _FIELDS}]
     lines += [[app, session, [astuple(f) for f in found]] for (app, session), found in said.items()]
-    data = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-        os.replace(part, path)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written: {e.strerror or e}") from e
+    write_lines(path, lines)
 
 
 def read_foreseen(path: Path, recorded: Sequence[Session]) -> Foresight:

@@ -18,13 +18,14 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from maestro_agents.core import Observation, RunEnd
 from maestro_agents.errors import ConfigError
 from maestro_agents.simulator.workload import Foreseen, Stage, kind_of, lines_of
 
@@ -274,4 +275,20 @@ def _filled(app: str, session: str, linked: list[_Linked], pool: Mapping[Gap, Se
     return tuple(
         replace(call, gap_s=rng.choice(pool[kind])) if gap_s is None and kind is not None and pool[kind] else call
         for call, kind, gap_s in linked
+    )
+
+
+def end_of(log: Sequence[Observation], *, started_at_s: float, ended_at_s: float) -> RunEnd:
+    """What the observation log would hold of a run's end, whose calls are these, one after the other."""
+    roles = Counter(o.role for o in log)
+    moves = Counter(pairwise(["__start__", *(o.role for o in log), "__end__"]))
+    return RunEnd(
+        run_id=log[0].run_id,
+        workflow=log[0].workflow,
+        outcome="done",
+        started_at_s=started_at_s,
+        ended_at_s=ended_at_s,
+        tasks=roles,
+        calls=roles,
+        moves=tuple((a, b, n) for (a, b), n in moves.items()),
     )

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, cast
 
 from maestro_agents.core import ServiceClass
 from maestro_agents.errors import ConfigError
+from maestro_agents.predict.roles import Estimate
 
 FORMAT: Final = 1
 """Of the files; a newer one is refused."""
@@ -44,8 +45,14 @@ class Foreseen:
     prompt_tokens: float = 0.0
     tool_s: float = 0.0
     ends_p: float = 0.0
-    #: What its calls write is no more than this in nine of ten runs.
-    output_tokens_p90_after: float = 0.0
+
+    @property
+    def estimate(self) -> Estimate:
+        """Of the stage alone."""
+        return Estimate(
+            mean=self.output_tokens_mean, p50=self.output_tokens_p50, p90=self.output_tokens_p90, p99=self.output_tokens_p99,
+            basis=self.basis,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +202,22 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
         raise ConfigError(f"{path}: {e.strerror or e}. Name a workload or a trace") from e
 
 
+def write_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Write a JSON line for each, whole or not at all; gzipped where the name ends in ``.gz``. The same lines, the same bytes.
+
+    Raises `ConfigError` where the file cannot be written, or a number is not finite.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        data = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines).encode()
+        part.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        os.replace(part, path)
+    except ValueError as e:
+        raise ConfigError(f"{path} is not written: a number in it is not finite ({e})") from e
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written: {e.strerror or e}") from e
+
+
 def write(workload: Workload, path: Path) -> None:
     """Write a workload, whole or not at all; gzipped where the name ends in ``.gz``. The same workload, the same bytes.
 
@@ -229,16 +252,7 @@ def write(workload: Workload, path: Path) -> None:
         "models": list(models),
         "bases": list(bases),
     }
-    part = path.with_name(f"{path.name}.part")
-    try:
-        text = "".join(json.dumps(each, separators=(",", ":"), allow_nan=False) + "\n" for each in (head, *body))
-        data = text.encode()
-        part.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-        os.replace(part, path)
-    except ValueError as e:
-        raise ConfigError(f"{path} is not written: a number of this workload is not finite ({e})") from e
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written: {e.strerror or e}") from e
+    write_lines(path, (head, *body))
 
 
 def read(path: Path) -> Workload:

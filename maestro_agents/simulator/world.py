@@ -33,13 +33,13 @@ from maestro_agents.core import (
 from maestro_agents.policy import Knows, Plan, Policy, Snapshot, plan
 from maestro_agents.policy.fairness import Shares
 from maestro_agents.policy.priority import end_s
-from maestro_agents.predict.roles import RoleStatistics
+from maestro_agents.predict.roles import RoleStatistics, prediction
 from maestro_agents.predict.speed import EngineSpeeds, Speed
 from maestro_agents.simulator.engine import Engine, EngineProfile, EngineRequest, RequestRecord
 from maestro_agents.simulator.gpus import Gpus, Hooks
 from maestro_agents.simulator.hardware import SimEngine, SimFleet
 from maestro_agents.simulator.workload import Foreseen, Reference, Run, Stage, Workload, unloaded_s
-from maestro_agents.workflow import Workflows, join_slack
+from maestro_agents.workflow import Remaining, Workflows, join_slack
 
 Event = tuple[Any, ...]
 """(what, when in seconds, ...): see `EVENTS`."""
@@ -73,6 +73,11 @@ DETECT_S: Final = 1.0
 LOOK_S: Final = 0.2
 """Shortest time between two looks at how far a stream has outgrown its reservation."""
 
+NO_ENGINE: Final = EngineSpec(engine_id="", url="", model="")
+"""What a prediction is made for: it has the speeds of some engine, and nothing else of one."""
+
+_OUTPUTS: Final = ("output_tokens_mean", "output_tokens_p50", "output_tokens_p90", "output_tokens_p99")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outage:
@@ -90,7 +95,7 @@ class _Open:
     run: Run
     missing: list[int]
     followers: list[list[int]]
-    truth: list[_Truth] | None
+    truth: list[Foreseen] | None
     left: int
     last_end_s: float
     attained_s: float = 0.0
@@ -143,17 +148,6 @@ class _Place:
     version: int = 0
     jobs: dict[str, _Job] = field(default_factory=dict[str, _Job])
     state: EngineState | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Truth:
-    """What a run does after a stage, along its longest path."""
-
-    stages: int
-    output_tokens: int
-    prompt_tokens: int
-    tool_s: float
-    slack_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -327,8 +321,7 @@ class World:
             streams=True,
         )
         self._tell(("ready", self.now_s, stage_id, run.run_id, stage.role, stage.model, stage.prompt_tokens))
-        prediction = self._predict(o, n, ticket)
-        job = _Job(o, n, stage, ticket, prediction, 0.0)
+        job = _Job(o, n, stage, ticket, self._predict(o, n, ticket), 0.0)
         if self._gpus:
             if (led := o.led.pop(n, None)) is not None:
                 self._gpus.followed(run, led, stage)
@@ -336,12 +329,11 @@ class World:
         beside = o.waiting.setdefault(o.steps[n], [])
         beside.append(job)
         self._waiting += 1
-        if len(beside) > 1:
-            for stage_id, slack_s in join_slack((j.ticket, j.prediction.service_s) for j in beside).items():
-                other = next(j for j in beside if j.ticket.stage_id == stage_id)
-                other.prediction = dataclasses.replace(other.prediction, slack_s=slack_s)
-                if other is not job:
-                    self._push(other)
+        slack_s = join_slack((j.ticket, j.prediction.service_s) for j in beside)
+        for other in beside if slack_s else ():
+            other.prediction = dataclasses.replace(other.prediction, slack_s=slack_s[other.ticket.stage_id])
+            if other is not job:
+                self._push(other)
         self._push(job)
 
     def _waits(self, job: _Job) -> None:
@@ -381,57 +373,35 @@ class World:
         return found
 
     def _predict(self, o: _Open, n: int, ticket: Ticket) -> Prediction:
-        stage, speed = o.run.stages[n], self._speed(ticket.model)
-        debt_s = 0.0
+        speed = self._speed(ticket.model)
         if self._online:
-            spec = EngineSpec(
-                engine_id="", url="", model=ticket.model,
-                prefill_s_per_token=speed.prefill, decode_s_per_token=speed.usual_decode,
-            )  # fmt: skip
-            p = self._predictor.predict((ticket,), {ticket.model: spec}, self._workflows)[ticket.stage_id]
-            if self._policy.knows is Knows.STAGE:
-                p = dataclasses.replace(
-                    p, remaining_s=0.0, remaining_tool_s=0.0, remaining_stages=0.0, remaining_tokens=0.0, ends_p=0.0
-                )
+            engine = dataclasses.replace(
+                NO_ENGINE, prefill_s_per_token=speed.prefill, decode_s_per_token=speed.usual_decode
+            )
+            p = self._predictor.predict((ticket,), {ticket.model: engine}, self._workflows)[ticket.stage_id]
         else:
+            known = self._known(o, n)
             computed, prompts = self._hits[ticket.model]
-            slack_s = 0.0
-            if o.truth is not None:
-                after = o.truth[n]
-                known = Foreseen(
-                    output_tokens_mean=stage.output_tokens, output_tokens_p50=stage.output_tokens,
-                    output_tokens_p90=stage.output_tokens, output_tokens_p99=stage.output_tokens,
-                    stages=after.stages, output_tokens=after.output_tokens, prompt_tokens=after.prompt_tokens,
-                    tool_s=after.tool_s, ends_p=float(not after.stages), basis="truth",
-                )  # fmt: skip
-                slack_s = after.slack_s * speed.usual_decode
-            else:
-                known = self._average or stage.foreseen
-                assert known is not None
-            rest = self._policy.knows is not Knows.STAGE
-            prefill = speed.prefill * computed / prompts
-            mean = min(known.output_tokens_mean, ticket.max_tokens or math.inf)
-            return Prediction(
-                output_tokens_mean=mean,
-                output_tokens_p50=known.output_tokens_p50,
-                output_tokens_p90=known.output_tokens_p90,
-                output_tokens_p99=known.output_tokens_p99,
-                service_s=ticket.prompt_tokens * prefill + mean * speed.usual_decode,
-                remaining_s=rest * (known.prompt_tokens * prefill + known.output_tokens * speed.usual_decode),
-                remaining_tool_s=rest * known.tool_s,
-                remaining_stages=rest * known.stages,
-                remaining_tokens=rest * known.output_tokens,
-                ends_p=rest * known.ends_p,
-                slack_s=slack_s,
-                basis=known.basis,
-                attained_s=o.attained_s,
-                debt_s=self._shares.charge(
-                    ticket.tenant, ticket.prompt_tokens * prefill + mean * speed.usual_decode,
-                    slots=self._slots, now_s=self.now_s,
-                ),
+            prefill, decode = speed.prefill * computed / prompts, speed.usual_decode
+            engine = dataclasses.replace(NO_ENGINE, prefill_s_per_token=prefill, decode_s_per_token=decode)
+            rest = Remaining(
+                stages=known.stages, output_tokens=known.output_tokens, tool_s=known.tool_s, ends_p=known.ends_p,
+                llm_s=known.prompt_tokens * prefill + known.output_tokens * decode,
             )  # fmt: skip
+            p = prediction(ticket, known.estimate, engine, rest)
+        if self._policy.knows is Knows.STAGE:
+            p = dataclasses.replace(p, **Remaining(slack_s=p.slack_s).of_prediction())
         debt_s = self._shares.charge(ticket.tenant, p.service_s, slots=self._slots, now_s=self.now_s)
         return dataclasses.replace(p, attained_s=o.attained_s, debt_s=debt_s)
+
+    def _known(self, o: _Open, n: int) -> Foreseen:
+        """What the policy may know of a stage: the truth, what stages do on average, or what the workload foresees."""
+        stage = o.run.stages[n]
+        if o.truth is not None:
+            return dataclasses.replace(o.truth[n], **dict.fromkeys(_OUTPUTS, stage.output_tokens))
+        known = self._average or stage.foreseen
+        assert known is not None
+        return known
 
     # -- plan ----------------------------------------------------------------------------------------------------------
     def _plan(self, model: str) -> None:
@@ -773,19 +743,23 @@ class World:
             self._gpus.revive(cluster, self.now_s)
 
 
-def _truth(run: Run, followers: Sequence[Sequence[int]]) -> list[_Truth]:
+def _truth(run: Run, followers: Sequence[Sequence[int]]) -> list[Foreseen]:
     """What is left after each stage along the path that writes the most."""
-    found: list[_Truth] = [_Truth(0, 0, 0, run.end_gap_s, 0.0)] * len(run.stages)
+    nothing = Foreseen(
+        output_tokens_mean=0, output_tokens_p50=0, output_tokens_p90=0, output_tokens_p99=0,
+        basis="truth", tool_s=run.end_gap_s, ends_p=1.0,
+    )  # fmt: skip
+    found = [nothing] * len(run.stages)
     ends = [0] * len(run.stages)  # output tokens from this stage on, itself included
     for n in range(len(run.stages) - 1, -1, -1):
         if followers[n]:
             longest = max(followers[n], key=lambda f: ends[f])
             s, after = run.stages[longest], found[longest]
-            found[n] = _Truth(
-                after.stages + 1, after.output_tokens + s.output_tokens,
-                after.prompt_tokens + s.prompt_tokens, after.tool_s + s.gap_s, 0.0,
+            found[n] = dataclasses.replace(
+                after, stages=after.stages + 1, output_tokens=after.output_tokens + s.output_tokens,
+                prompt_tokens=after.prompt_tokens + s.prompt_tokens, tool_s=after.tool_s + s.gap_s, ends_p=0.0,
             )  # fmt: skip
-        ends[n] = run.stages[n].output_tokens + found[n].output_tokens
+        ends[n] = run.stages[n].output_tokens + int(found[n].output_tokens)
     return found
 
 

@@ -14,12 +14,12 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 from maestro_agents.core import Observation, RunEnd, ServiceClass, Status, Ticket
 from maestro_agents.errors import ConfigError
+from maestro_agents.simulator.sessions import end_of
 from maestro_agents.workflow import Remaining, Workflows
 
 MEASURES: Final = {
@@ -179,10 +179,10 @@ def _values(found: Remaining) -> Values:
     return tuple(getattr(found, name) for name in MEASURES)
 
 
-def log(session: Session, *, run_id: str) -> Iterator[Observation | RunEnd]:
+def log(session: Session, *, run_id: str) -> list[Observation | RunEnd]:
     """What the observation log would hold of a session: each call when it ended, then the end of the run."""
-    for n, call in enumerate(session):
-        yield Observation(
+    calls = [
+        Observation(
             stage_id=f"{run_id}-{n}",
             run_id=run_id,
             workflow=call.app,
@@ -201,18 +201,9 @@ def log(session: Session, *, run_id: str) -> Iterator[Observation | RunEnd]:
             granted_at_s=call.start_s,
             finished_at_s=call.end_s,
         )
-    roles = Counter(call.role for call in session)
-    moves = Counter(pairwise(["__start__", *(call.role for call in session), "__end__"]))
-    yield RunEnd(
-        run_id=run_id,
-        workflow=session[0].app,
-        outcome="done",
-        started_at_s=session[0].start_s,
-        ended_at_s=session[-1].end_s,
-        tasks=roles,
-        calls=roles,
-        moves=tuple((a, b, n) for (a, b), n in moves.items()),
-    )
+        for n, call in enumerate(session)
+    ]
+    return [*calls, end_of(calls, started_at_s=session[0].start_s, ended_at_s=session[-1].end_s)]
 
 
 def mean_of(sessions: Iterable[Session], key: Callable[[Call], object], otherwise: Predictor) -> Predictor:
