@@ -17,10 +17,10 @@ NO_VLLM = not (shutil.which(os.environ.get("MAESTRO_VLLM") or "vllm") and os.env
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", faults.KINDS)
 def test_every_run_of_a_living_app_ends_and_no_reservation_is_left(kind: str) -> None:
-    """Emulated engines, everything else real: decorator, gate, Redis, scheduler, processes, kill -9."""
+    """Emulated engines, everything else real: decorator, gate, Redis, scheduler, processes, kill -9. How soon is for the bench."""
     rows: list[dict[str, Any]] = faults.run("emulator", (kind,), 1, 7, 0.3, None, lambda _row: None)
     (found,) = faults.summary(rows)
-    assert found["survived"], rows[0]
+    assert found["kept"], list(rows[0].items())
 
 
 @pytest.mark.vllm
