@@ -456,9 +456,9 @@ class Workflows:
             found = self._answers[key] = self._remaining(*key)
         return found
 
-    def next_models(self, ticket: Ticket) -> Sequence[Next]:
+    def next_models(self, stage: Ticket | Observation) -> Sequence[Next]:
         """The models that the run of a stage is expected to call right after it, for a placement to wake in time."""
-        return self._follows.after(_name(ticket), _node(ticket), ticket.visit)
+        return self._follows.after(_name(stage), _node(stage), stage.visit)
 
     def _remaining(self, workflow: str, node: str, visits: int) -> Remaining:
         known = self._known.get(workflow)
@@ -529,14 +529,12 @@ def after_each(stages: Sequence[_Stage], end: RunEnd, *, paused: bool = False) -
     served = _Cover((s.granted_at_s, s.ended_at_s) for s in stages if s.progress)
     ended_at_s = max(ended_at_s, *(s.ended_at_s for s in stages))
     mine = sorted((s for s in stages if s.progress), key=lambda s: s.pushed_at_s)
-    pushed = [s.pushed_at_s for s in mine]
     output, prompt = [0], [0]
     for s in reversed(mine):
         output.append(output[-1] + s.output_tokens)
         prompt.append(prompt[-1] + s.prompt_tokens)
-    for s, slack_s in zip(mine, _slack(mine), strict=True):
-        follows = max(bisect.bisect_left(pushed, s.ended_at_s - TOUCH_S), bisect.bisect_right(pushed, s.pushed_at_s))
-        later = len(mine) - follows
+    follow = following([(s.pushed_at_s, s.ended_at_s) for s in mine])
+    for s, later, slack_s in zip(mine, follow, _slack(mine), strict=True):
         yield (
             s,
             Remaining(
@@ -549,6 +547,15 @@ def after_each(stages: Sequence[_Stage], end: RunEnd, *, paused: bool = False) -
                 slack_s=slack_s,
             ),
         )
+
+
+def following(calls: Sequence[tuple[float, float]]) -> list[int]:
+    """How many of a run's calls, the last ones, begin once each has ended. ``calls``: (pushed, ended), in the order of their push."""
+    pushed = [pushed_at_s for pushed_at_s, _ in calls]
+    return [
+        len(calls) - max(bisect.bisect_left(pushed, ended_at_s - TOUCH_S), bisect.bisect_right(pushed, pushed_at_s))
+        for pushed_at_s, ended_at_s in calls
+    ]
 
 
 def _unpaused(stage: _Stage, started_at_s: float) -> _Stage:

@@ -17,9 +17,10 @@ from maestro_agents.core import Observation, ServiceClass, Status
 from maestro_agents.errors import ConfigError
 from maestro_agents.predict.backtest import examples_of
 from maestro_agents.predict.length import Example
+from maestro_agents.predict.rest import rest_of
 from maestro_agents.predict.traces import Call
 from maestro_agents.simulator import foresight
-from maestro_agents.simulator.foresight import foresee, read_foreseen, rest_of, write_foreseen
+from maestro_agents.simulator.foresight import foresee, read_foreseen, write_foreseen
 from maestro_agents.simulator.sessions import Foresight, sessions
 
 Row = dict[str, Any]

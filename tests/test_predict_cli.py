@@ -148,7 +148,7 @@ def test_status_tells_what_became_of_models() -> None:
     """Trainings, the comparison with the former model, rollbacks, trouble and prefix hits each have a line."""
     learner = Learner()
     learner.trouble = "no memory left"
-    learner.trial = live.Trial(
+    learner.lengths.trial = live.Trial(
         former=learner.predictor, version="old", data=None, n=10, error=100.0, former_error=200.0
     )
     learner.rollbacks.append({"at_s": NOW_S, "from": "new", "to": "old"})

@@ -199,7 +199,7 @@ def test_features_of_another_version_are_not_trained_on(features: tuple[float, .
     """Nor those with a number that is none: such a stage teaches the statistics alone."""
     learner = Learner()
     learner.observe([ended(features=features), ended(status=Status.FAILED), ended(output_tokens=0)])
-    assert len(learner.rows) == 0
+    assert len(learner.lengths.rows) == 0
     assert said(learner).basis == "role(1)"
 
 
@@ -313,11 +313,11 @@ async def test_a_pool_trains_a_model_that_beats_its_median_and_all_schedulers_ta
     assert [type(v) for v in granted] == [Grant]
     assert "training" in learner._tasks
     await asyncio.gather(*learner._tasks.values())
-    assert learner.verdict is not None
-    assert learner.verdict.mae < 0.6 * learner.verdict.median_mae
+    assert learner.lengths.verdict is not None
+    assert learner.lengths.verdict.mae < 0.6 * learner.lengths.verdict.median_mae
     assert learner.version.startswith("live-2026")
     assert [*await queue.models()] == [learner.version, "statistics"]  # what to go back to
-    assert learner.trial is not None
+    assert learner.lengths.trial is not None
 
     await tended(standby, queue, epoch=None, now_s=clock.at_s + 10)
     assert standby.version == learner.version
@@ -328,7 +328,7 @@ async def test_a_pool_trains_a_model_that_beats_its_median_and_all_schedulers_ta
     late = Learner()
     await late.tend(queue, epoch=None, now_s=clock.at_s, more=dict)
     assert late.version == learner.version  # waited for, before anything is learned
-    assert late.trial is None
+    assert late.lengths.trial is None
 
 
 async def test_what_a_model_was_trained_on_does_not_count_as_its_error(queue: RedisQueue) -> None:
@@ -340,15 +340,15 @@ async def test_what_a_model_was_trained_on_does_not_count_as_its_error(queue: Re
     await tended(standby, queue, epoch=None)
     await queue.publish_model("v1", card="{}", data=data, epoch=0)
     await tended(standby, queue, epoch=None, now_s=NOW_S + 10)
-    assert (standby.version, standby.new_rows) == ("v1", 7)  # should it lead one day
+    assert (standby.version, standby.lengths.new_rows) == ("v1", 7)  # should it lead one day
     await tended(learner, queue)
     learner.observe(observations)
     assert learner.status()["roles"] == []
-    assert learner.new_rows == 0
+    assert learner.lengths.new_rows == 0
     assert learner.predictor.statistics.seen(observations[0]) == WINDOW
     learner.observe(world(20, start=ROWS))
     assert [r["n"] > 15 for r in learner.status()["roles"]] == [True]
-    assert learner.new_rows == 20
+    assert learner.lengths.new_rows == 20
 
 
 async def test_a_model_that_turns_out_worse_is_taken_back(
@@ -369,7 +369,7 @@ async def test_a_model_that_turns_out_worse_is_taken_back(
     await tended(learner, queue, now_s=NOW_S + 30)
     await tended(standby, queue, epoch=None, now_s=NOW_S + 30)
     assert (learner.version, standby.version) == ("good", "good")
-    assert (learner.trial, standby.trial) == (None, None)
+    assert (learner.lengths.trial, standby.lengths.trial) == (None, None)
     assert [*await queue.models()] == ["good", "odd"]
     told = json.loads(await queue.predictor_status())["rollbacks"]
     assert [(r["from"], r["to"], r["mae"] > r["former_mae"]) for r in told] == [("odd", "good", True)]
@@ -408,7 +408,9 @@ async def test_where_no_model_was_before_going_back_means_statistics(queue: Redi
     await tended(learner, queue)
     await queue.publish_model("odd", card="{}", data=odd.encode(), epoch=0)
     await tended(learner, queue, now_s=NOW_S + 10)
-    learner.trial = Trial(former=learner.trial.former, version="statistics", data=None, n=300, error=9e9)  # type: ignore[union-attr]
+    learner.lengths.trial = Trial(
+        former=learner.lengths.trial.former, version="statistics", data=None, n=300, error=9e9
+    )  # type: ignore[union-attr]
     await tended(learner, queue, now_s=NOW_S + 20)
     assert await queue.model("odd") == ("statistics", b"")
     late = Learner(odd)
@@ -427,7 +429,7 @@ async def test_a_leader_that_was_deposed_takes_nothing_back_and_publishes_nothin
     await tended(learner, queue, epoch=None)
     await queue.publish_model("odd", card="{}", data=odd.encode(), epoch=None)
     await tended(learner, queue, epoch=None, now_s=NOW_S + 10)
-    learner.trial = Trial(former=Learner(good).predictor, version="good", data=None, n=300, error=9e9)
+    learner.lengths.trial = Trial(former=Learner(good).predictor, version="good", data=None, n=300, error=9e9)
     await tended(learner, queue, epoch=old, now_s=NOW_S + 20)
     assert learner.version == "odd"
 
@@ -436,10 +438,10 @@ async def test_a_leader_that_was_deposed_takes_nothing_back_and_publishes_nothin
 
     monkeypatch.setattr(trainer, "train_apart", trained)
     monkeypatch.setattr(live, "RETRAIN_ROWS", 1)
-    learner.trial = None
+    learner.lengths.trial = None
     learner.observe(world(1))
     await tended(learner, queue, epoch=old, now_s=NOW_S + 30)
-    assert learner.verdict is not None
+    assert learner.lengths.verdict is not None
     assert (learner.version, [*await queue.models()]) == ("odd", ["odd"])
 
 
@@ -504,7 +506,7 @@ def test_a_model_that_fails_keeps_nothing_from_the_statistics(
     monkeypatch.setattr(LengthModel, "predict", broken)
     for start in (0, 40):
         learner.observe(world(3, start=start))
-    assert len(learner.rows) == 6
+    assert len(learner.lengths.rows) == 6
     counted = RoleStatistics()
     for o in (*world(3), *world(3, start=40)):
         counted.add(o, o.choice_tokens)

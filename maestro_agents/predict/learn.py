@@ -114,13 +114,13 @@ ERROR_SHRINK: Final = 10.0
 
 
 class Errors:
-    """Absolute errors of one population, fading: of each expert, and of what was said."""
+    """Absolute errors of one population, fading: of each expert, the simplest last, and of what was said."""
 
     __slots__ = ("covered_p90", "experts", "n", "said")
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int = len(EXPERTS)) -> None:
         self.n = 0.0
-        self.experts = [0.0] * len(EXPERTS)
+        self.experts = [0.0] * experts
         self.said = 0.0
         self.covered_p90 = 0.0
 
@@ -143,7 +143,7 @@ class Errors:
 
     @property
     def model_is_worse(self) -> bool:
-        """What was said did worse here than the running median would have."""
+        """What was said did worse here than the simplest expert (the running median) would have."""
         return self.n >= ERROR_MIN and self.said > WORSE * self.experts[-1]
 
 
@@ -213,9 +213,11 @@ class Predictor:
         return [w / sum(weights) for w in weights]
 
     # -- learn -------------------------------------------------------------------------------------------------------
-    def teach(self, pairs: Sequence[tuple[Stage, int]], *, statistics: bool = True) -> None:
-        """Take stages with what they wrote, one after another. Without ``statistics``, which another predictor of this
-        pool keeps for both: into offsets and errors alone. Where the model fails they teach the statistics, then it is raised.
+    def teach(self, pairs: Sequence[tuple[Stage, int]], *, statistics: bool = True) -> list[Estimate | None]:
+        """Take stages with what they wrote, one after another; what the model said of each before that, None where none did.
+
+        Without ``statistics``, which another predictor of this pool keeps for both: into offsets and errors alone. Where the
+        model fails they teach the statistics, then it is raised.
         """
         at = [i for i, (s, _) in enumerate(pairs) if usable(s.features)] if self.model is not None else []
         rows = {i: row for row, i in enumerate(at)}
@@ -226,16 +228,17 @@ class Predictor:
                 raw = self.model.predict([pairs[i][0] for i in at], [self.statistics.told(pairs[i][0]) for i in at])
             except Exception as e:
                 failed = e
+        out: list[Estimate | None] = []
         for i, (stage, tokens) in enumerate(pairs):
-            if raw is not None and i in rows:
-                self._judge(stage, tokens, raw, rows[i])
+            out.append(self._judge(stage, tokens, raw, rows[i]) if raw is not None and i in rows else None)
             if statistics:
                 self.statistics.add(stage, tokens)
         if failed is not None:
             raise failed
+        return out
 
-    def _judge(self, stage: Stage, tokens: int, raw: Lengths, row: int) -> None:
-        """Hold what the model says of a stage against what it wrote."""
+    def _judge(self, stage: Stage, tokens: int, raw: Lengths, row: int) -> Estimate:
+        """Hold what the model says of a stage against what it wrote. Returns what it says."""
         said, experts = self._said(stage, raw, row, self.statistics.lengths(stage).p50)
         wrong = [abs(_tokens(x) - tokens) for x in experts]
         _, agent, _, role, _ = levels(stage)
@@ -247,6 +250,7 @@ class Predictor:
             self.errors.popitem(last=False)
         log = math.log1p(tokens)
         self.offsets.add(stage, {head: log - float(raw.logs[head][row]) for head in HEADS})
+        return said
 
     def changed_p99(self) -> dict[str, float]:
         """p99 output tokens of the roles that changed since the last call: what the fast path reserves."""
@@ -254,20 +258,25 @@ class Predictor:
 
     def status(self) -> list[dict[str, Any]]:
         """Live error by role, where most tokens are missed first: what `maestro predict status` shows."""
-        rows = [
-            {
-                "role": key.partition("|")[2],
-                "model": key.partition("|")[0],
-                "n": round(e.n, 1),
-                "mae_said": e.said,
-                "mae_median": e.experts[-1],
-                "covered_p90": e.covered_p90,
-                "uses": "median" if e.model_is_worse else "model",
-            }
-            for key, e in self.errors.items()
-            if "|" in key
-        ]
-        return sorted(rows, key=lambda r: -float(r["mae_said"]) * float(r["n"]))
+        return told_by_role(self.errors, other="median")
+
+
+def told_by_role(errors: Mapping[str, Errors], *, other: str) -> list[dict[str, Any]]:
+    """Errors of roles, where most tokens are missed first. ``other``: what the last expert is called."""
+    rows = [
+        {
+            "role": key.partition("|")[2],
+            "model": key.partition("|")[0],
+            "n": round(e.n, 1),
+            "mae_said": e.said,
+            f"mae_{other}": e.experts[-1],
+            "covered_p90": e.covered_p90,
+            "uses": other if e.model_is_worse else "model",
+        }
+        for key, e in errors.items()
+        if "|" in key
+    ]
+    return sorted(rows, key=lambda r: -float(r["mae_said"]) * float(r["n"]))
 
 
 def _tokens(log: float) -> float:

@@ -382,6 +382,43 @@ class LengthModel:
         return cls(card, boosters, words, (arrays["x"], arrays["y"]), residuals)
 
 
+_REST: Final = "rest.model"
+
+
+def joined(lengths: bytes, rest: bytes) -> bytes:
+    """One file of two models, either of them empty for none: the first's, with the second as one more entry of its zip.
+
+    Who knows of one model reads the first (`LengthModel.decode`); a file of the second alone is none to them.
+    """
+    if not rest:
+        return lengths
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as z:
+        if lengths:
+            with zipfile.ZipFile(io.BytesIO(lengths)) as first:
+                for entry in first.infolist():
+                    z.writestr(entry, first.read(entry))
+        z.writestr(zipfile.ZipInfo(_REST), rest)  # compressed already
+    return out.getvalue()
+
+
+def split(data: bytes) -> tuple[bytes, bytes]:
+    """The two files of `joined`. What is no zip is the first, for whoever decodes it to say so."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as z:
+            if _REST not in z.namelist():
+                return data, b""
+            rest = z.read(_REST)
+            out = io.BytesIO()
+            entries = [e for e in z.infolist() if e.filename != _REST]
+            with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as first:
+                for entry in entries:
+                    first.writestr(entry, z.read(entry))
+    except Exception:  # a damaged file fails in as many ways as there are libraries that read it
+        return data, b""
+    return out.getvalue() if entries else b"", rest
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="maestro-predict")

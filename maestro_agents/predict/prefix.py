@@ -275,6 +275,12 @@ class PrefixCaches:
             cache.expected = FORGET * cache.expected + tokens
             cache.reported = FORGET * cache.reported + min(o.cached_tokens, 2 * tokens)
 
+    def forget(self, engine_id: str) -> None:
+        """An engine has lost its KV memory."""
+        if (cache := self._engines.get(engine_id)) is not None:
+            cache.blocks.clear()
+            cache.tokens = 0.0
+
     def status(self) -> dict[str, dict[str, float]]:
         """By engine: completions compared, the mean of |expected - reported| over the last `WINDOW` of them, the mean that
         was reported, the share of known tokens that were hits, and the tokens remembered.

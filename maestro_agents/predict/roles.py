@@ -7,6 +7,7 @@ is like its agent, an agent that was never seen like everything. One observed ta
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
-from maestro_agents.core import EngineSpec, Observation, Prediction, Status, Ticket
+from maestro_agents.core import EngineSpec, Observation, Prediction, RunEnd, Status, Ticket
 from maestro_agents.ports import Queue
 from maestro_agents.workflow import Remaining, Workflows
 
@@ -51,9 +52,13 @@ class Stage(Protocol):
 
 def levels(stage: Stage) -> tuple[str, str, str, str, str]:
     """The populations that a stage belongs to, widest first: all, its agent, its role, on its model, at its visit."""
-    agent = stage.role.partition(":")[0]
-    role = f"{stage.model}|{stage.role}"
-    return "", f"{agent}:", f"|{stage.role}", role, f"{role}|{min(stage.visit, MAX_VISIT)}"
+    return _levels(stage.model, stage.role, min(stage.visit, MAX_VISIT))
+
+
+@functools.lru_cache(maxsize=MAX_ROLES)
+def _levels(model: str, role: str, visit: int) -> tuple[str, str, str, str, str]:
+    on_model = f"{model}|{role}"
+    return "", f"{role.partition(':')[0]}:", f"|{role}", on_model, f"{on_model}|{visit}"
 
 
 def teaches(o: Observation) -> bool:
@@ -66,6 +71,10 @@ class Predicts(Protocol):
 
     def observe(self, finished: Sequence[Observation]) -> None:
         """Take finished stages, in their order."""
+        ...
+
+    def end_run(self, run: RunEnd, workflows: Workflows) -> None:
+        """Take the end of a run, all of whose stages were taken. ``workflows`` have not learned of it yet. Raises nothing."""
         ...
 
     def predict(
@@ -124,6 +133,29 @@ def prediction(ticket: Ticket, e: Estimate, engine: EngineSpec, rest: Remaining)
         service_s=ticket.prompt_tokens * engine.prefill_s_per_token + mean * engine.decode_s_per_token,
         basis=e.basis,
         **rest.of_prediction(),
+    )
+
+
+def corrected(known: Remaining, rest: Estimate, *, decode_s_per_token: float = 0.0) -> Remaining:
+    """What a run still does after a stage, by a model of the tokens that it still writes (`predict.rest`).
+
+    ``known``: what runs mostly do after such a stage. Tokens are the model's median, which orders runs better than a mean: few are
+    much longer than most. Calls, prompts and seconds are what is known, times what the model corrects its tokens by; the chance of
+    the end is the model's own. Where no tokens are known to follow, LLM seconds are those of the model's at this speed. Where no
+    model speaks (``rest`` comes from statistics alone), what is known stays.
+    """
+    if math.isnan(rest.short_p):
+        return known
+    more = rest.p50 / known.output_tokens if known.output_tokens else 0.0
+    return Remaining(
+        stages=known.stages * more,
+        output_tokens=rest.p50,
+        prompt_tokens=known.prompt_tokens * more,
+        llm_s=known.llm_s * more if known.output_tokens else rest.p50 * decode_s_per_token,
+        tool_s=known.tool_s * more,
+        ends_p=rest.short_p,
+        slack_s=known.slack_s,
+        n=known.n,
     )
 
 
@@ -186,6 +218,9 @@ class RoleStatistics:
         for o in finished:
             if teaches(o):
                 self.add(o, o.choice_tokens)
+
+    def end_run(self, run: RunEnd, workflows: Workflows) -> None:
+        """Nothing: see `Predicts`."""
 
     def add(self, stage: Stage, output_tokens: float) -> None:
         """Take the length of an answer."""

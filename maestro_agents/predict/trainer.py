@@ -162,6 +162,8 @@ class Verdict:
     covered_p90: float
     #: The share that stayed below the p90 of statistics alone.
     median_covered_p90: float
+    #: Memory is reserved by its p90, which must hold what it promises.
+    reserves: bool = True
     seconds: float = 0.0
 
     @property
@@ -171,6 +173,8 @@ class Verdict:
         if not self.mae <= (1 - BETTER) * bar:
             other = "the running median" if bar == self.median_mae else "the model in use"
             return f"its error of {self.mae:.1f} tokens is not {BETTER:.0%} below that of {other} ({bar:.1f})"
+        if not self.reserves:
+            return ""
         chance = 2 * math.sqrt(0.9 * 0.1 / max(1, self.tested))
         low, high = COVERAGE[0], max(COVERAGE[1] + chance, self.median_covered_p90)
         if not low <= self.covered_p90 <= high:
@@ -190,6 +194,8 @@ class Job:
     version: str
     #: ISO 8601.
     trained_at: str
+    #: See `Verdict`.
+    reserves: bool = True
     seed: int = 0
 
 
@@ -210,7 +216,14 @@ def parted(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return [r for r in rows if r.session not in newest], [r for r in rows if r.session in newest]
 
 
-def judged(candidate: LengthModel, current: LengthModel | None, older: Sequence[Row], newest: Sequence[Row]) -> Verdict:
+def judged(
+    candidate: LengthModel,
+    current: LengthModel | None,
+    older: Sequence[Row],
+    newest: Sequence[Row],
+    *,
+    reserves: bool = True,
+) -> Verdict:
     """Let a candidate that was trained on the older rows, and the model in use, live through the newest."""
     ours = Predictor(candidate)
     for e in map(example, older):
@@ -232,14 +245,19 @@ def judged(candidate: LengthModel, current: LengthModel | None, older: Sequence[
         median_mae=median,
         covered_p90=covered,
         median_covered_p90=median_covered,
+        reserves=reserves,
     )
 
 
 def _live(predictor: Predictor, rows: Sequence[Row]) -> tuple[float, float, float, float]:
     """Predict rows, then learn from them, some at a time. (MAE, share below p90) of the predictor, then of its statistics."""
     found = np.zeros((max(1, len(rows)), 4))
-    for start in range(0, len(rows), BATCH):
-        batch = [example(row) for row in rows[start : start + BATCH]]
+    end = 0
+    while end < len(rows):
+        start, end = end, min(end + BATCH, len(rows))
+        while end < len(rows) and rows[end].ended_at_s == rows[end - 1].ended_at_s:
+            end += 1  # they became known together: all calls of a run, where it is asked what runs still write
+        batch = [example(row) for row in rows[start:end]]
         for i, (e, said) in enumerate(zip(batch, predictor.estimate(batch), strict=True), start):
             alone = predictor.statistics.lengths(e)
             y = e.output_tokens
@@ -256,7 +274,7 @@ def example(row: Row) -> Example:
         model=row.model,
         role=row.role,
         visit=row.visit,
-        prompt_tokens=round(features[_PROMPT_TOKENS]),
+        prompt_tokens=round(features[_PROMPT_TOKENS]) if features else 0,
         features=features,
         sketch=row.sketch,
         output_tokens=row.output_tokens,
@@ -280,7 +298,8 @@ def fitted(job: Job, progress: Any = None) -> tuple[Verdict, bytes]:
             f"{len(job.rows)} finished stages are too few: {MIN_ROWS} to train on, {MIN_ROWS} to test on"
         )
     candidate = train([example(r) for r in older], seed=job.seed, progress=progress)
-    verdict = judged(candidate, LengthModel.decode(job.current) if job.current else None, older, newest)
+    current = LengthModel.decode(job.current) if job.current else None
+    verdict = judged(candidate, current, older, newest, reserves=job.reserves)
     data = b""
     if not verdict.against:
         model = train(
@@ -326,7 +345,7 @@ async def train_apart(job: Job) -> tuple[Verdict, bytes]:
 
 
 def _packed(job: Job) -> bytes:
-    head = {"version": job.version, "trained_at": job.trained_at, "seed": job.seed}
+    head = {"version": job.version, "trained_at": job.trained_at, "reserves": job.reserves, "seed": job.seed}
     body = {**head, "rows": [row[:-1] for row in job.rows]}
     return b"".join([json.dumps(body).encode(), b"\n", *(row.features for row in job.rows), job.current])
 

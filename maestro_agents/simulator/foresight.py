@@ -5,11 +5,9 @@ comes from what was learned of the other parts alone, then frozen (in the words 
 
 - how long each answer is: a `LengthModel` with its `Predictor`, as `maestro predict eval` measures them ("ours"). Calls without
   recorded texts are predicted from numbers and history;
-- what its run does after it: a second `LengthModel`, whose target is what the run still writes (`rest_of`), its "short" answer
-  that no call follows; and `Workflows`, taught by the other parts' runs as if nothing had waited (`workload.REFERENCE`). The
-  model sees the prompt and the run so far, where `Workflows` knows role and visit. `Foreseen.output_tokens` is its median, which
-  orders runs better than a mean does: few runs are much longer than most. Calls, prompt tokens and tool time are what
-  `Workflows` says, times what the model corrects its tokens by.
+- what its run does after it, as a live scheduler learns it (`predict.rest`): `Workflows`, taught by the other parts' runs as if
+  nothing had waited (`workload.REFERENCE`), corrected (`roles.corrected`) by a second `LengthModel`, which sees the prompt and
+  the run so far, where `Workflows` know role and visit.
 
 Training takes minutes, so what came of it is kept in a file (`write_foreseen`, `read_foreseen`).
 """
@@ -18,13 +16,12 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from maestro_agents.core import Observation, ServiceClass, Status, Ticket
 from maestro_agents.errors import ConfigError
@@ -32,7 +29,8 @@ from maestro_agents.predict.backtest import examples_of, trained
 from maestro_agents.predict.features import estimate_ratios
 from maestro_agents.predict.learn import Predictor
 from maestro_agents.predict.length import MIN_ROWS, Example, Progress
-from maestro_agents.predict.roles import Estimate
+from maestro_agents.predict.rest import rest_of
+from maestro_agents.predict.roles import Estimate, corrected
 from maestro_agents.predict.traces import Call, folds_by_task, read_calls
 from maestro_agents.simulator.sessions import Foresight, Session, end_of, sessions, stages
 from maestro_agents.simulator.workload import REFERENCE, Foreseen, kind_of, lines_of, write_lines
@@ -55,53 +53,107 @@ def foresee(trace: Path, texts: Path | None = None, *, seed: int = 0, progress: 
     ``trace``: what `sessions.sessions` reads; ``texts``: calls as JSON lines that tell what some of its calls said, found by app,
     session and call index. The same files and seed give the same. Raises `ConfigError` for a file that is wrong.
     """
-    recorded = sessions(trace)
-    calls = _calls(trace, texts, recorded)
-    fold = folds_by_task(calls, FOLDS, seed)
-    examples = examples_of(calls, seed=seed, ratios=estimate_ratios(calls))
-    played = [_played(s, str(n)) for n, s in enumerate(recorded)]
-    rests = [
-        replace(e, output_tokens=tokens, short=not n)
-        for e, (n, tokens) in zip(examples, (rest for log in played for rest in rest_of(log)), strict=True)
-    ]
-    run_of = [n for n, s in enumerate(recorded) for _ in s.calls]
+    known = _read(trace, texts, seed)
     said: dict[int, Foreseen] = {}
-    for k in range(FOLDS):
-        seen = [i for i, f in enumerate(fold) if f != k]
-        asked = [i for i, f in enumerate(fold) if f == k]
+    for k, (seen, asked) in enumerate(known.parts()):
         own, rest = (
             _asked(of, seen, asked, seed, progress, (2 * k + half) / (2 * FOLDS))
-            for half, of in enumerate((examples, rests))
+            for half, of in enumerate((known.examples, known.rests))
         )
-        known = _taught([played[n] for n in dict.fromkeys(run_of[i] for i in seen)], seed)
-        for i, length, after in zip(asked, own, rest, strict=True):
-            call = calls[i]
-            ticket = Ticket(
-                stage_id="s",
-                client_id="c",
-                run_id="r",
-                model=call.model,
-                workflow=call.app,
-                role=call.role,
-                node=call.role,
-                visit=examples[i].visit,
-            )
-            said[i] = _foreseen(length, after, known.remaining(ticket))
+        mostly = _mostly(known, seen, asked, seed)
+        for i, length, after, left in zip(asked, own, rest, mostly, strict=True):
+            said[i] = _foreseen(length, after, left)
     if progress:
         progress("done", 1.0)
     found: defaultdict[tuple[str, str], list[Foreseen]] = defaultdict(list)
-    for i, call in enumerate(calls):
+    for i, call in enumerate(known.calls):
         found[call.app, call.session_id].append(said[i])
     return dict(found)
 
 
-def rest_of(log: Sequence[Observation]) -> list[tuple[int, int]]:
-    """Calls and output tokens of a run that begin once each of its calls has ended: what `Workflows` counts, too."""
-    rests: list[tuple[int, int]] = []
-    for call in log:
-        later = [o.output_tokens for o in log if o.pushed_at_s >= call.finished_at_s]
-        rests.append((len(later), sum(later)))
-    return rests
+class Rest(NamedTuple):
+    """Output tokens that the run of a call still wrote after it, and what was said of them by what never saw its task."""
+
+    app: str
+    truth: int
+    #: `Workflows`, taught by the other runs.
+    workflows: float
+    #: The second predictor without a model, taught by the other runs: the running median of role and visit.
+    median: float
+    #: ``workflows``, corrected by the model that was trained on the other runs: what policies are told.
+    model: float
+
+
+def rests(trace: Path, texts: Path | None = None, *, seed: int = 0, progress: Progress | None = None) -> list[Rest]:
+    """How well the rest of each call's run is known, as `foresee` foresees it. The same arguments; the same errors."""
+    known = _read(trace, texts, seed)
+    found: list[Rest] = []
+    for k, (seen, asked) in enumerate(known.parts()):
+        by_model = _asked(known.rests, seen, asked, seed, progress, k / FOLDS, parts=FOLDS)
+        median = Predictor(None)
+        median.teach([(known.rests[i], known.rests[i].output_tokens) for i in seen])
+        by_median = median.estimate([known.rests[i] for i in asked])
+        mostly = _mostly(known, seen, asked, seed)
+        for i, model, plain, left in zip(asked, by_model, by_median, mostly, strict=True):
+            app, truth = known.calls[i].app, known.rests[i].output_tokens
+            found.append(Rest(app, truth, left.output_tokens, plain.p50, corrected(left, model).output_tokens))
+    if progress:
+        progress("done", 1.0)
+    return found
+
+
+class _Trace(NamedTuple):
+    """A trace, call by call, as what is learned from."""
+
+    calls: list[Call]
+    fold: list[int]
+    examples: list[Example]
+    #: The same, their targets what their runs still write.
+    rests: list[Example]
+    #: Each run's observations, and the run of each call.
+    played: list[list[Observation]]
+    run_of: list[int]
+
+    def parts(self) -> Iterator[tuple[list[int], list[int]]]:
+        """(calls that are learned from, calls that are asked about) for each fold."""
+        for k in range(FOLDS):
+            yield [i for i, f in enumerate(self.fold) if f != k], [i for i, f in enumerate(self.fold) if f == k]
+
+
+def _read(trace: Path, texts: Path | None, seed: int) -> _Trace:
+    recorded = sessions(trace)
+    calls = _calls(trace, texts, recorded)
+    examples = examples_of(calls, seed=seed, ratios=estimate_ratios(calls))
+    played = [_played(s, str(n)) for n, s in enumerate(recorded)]
+    after = [rest for log in played for rest in rest_of(log)]
+    return _Trace(
+        calls=calls,
+        fold=folds_by_task(calls, FOLDS, seed),
+        examples=examples,
+        rests=[replace(e, output_tokens=tokens, short=not n) for e, (n, tokens) in zip(examples, after, strict=True)],
+        played=played,
+        run_of=[n for n, s in enumerate(recorded) for _ in s.calls],
+    )
+
+
+def _mostly(known: _Trace, seen: Sequence[int], asked: Sequence[int], seed: int) -> list[Remaining]:
+    """What `Workflows` that were taught by the runs of some calls say of others."""
+    taught = _taught([known.played[n] for n in dict.fromkeys(known.run_of[i] for i in seen)], seed)
+    return [
+        taught.remaining(
+            Ticket(
+                stage_id="s",
+                client_id="c",
+                run_id="r",
+                model=known.calls[i].model,
+                workflow=known.calls[i].app,
+                role=known.calls[i].role,
+                node=known.calls[i].role,
+                visit=known.examples[i].visit,
+            )
+        )
+        for i in asked
+    ]
 
 
 def _asked(
@@ -111,12 +163,14 @@ def _asked(
     seed: int,
     progress: Progress | None,
     done: float,
+    *,
+    parts: int = 2 * FOLDS,
 ) -> list[Estimate]:
-    """What is said of some examples by a predictor that learned of others."""
+    """What is said of some examples by a predictor that learned of others, one of so many ``parts`` of the work."""
 
     def tell(what: str, share: float) -> None:
         if progress:
-            progress(what, done + share / (2 * FOLDS))
+            progress(what, done + share / parts)
 
     known = [examples[i] for i in seen]
     if len(known) >= MIN_ROWS:
@@ -129,17 +183,13 @@ def _asked(
 
 def _foreseen(own: Estimate, rest: Estimate, known: Remaining) -> Foreseen:
     """``own``: of the call. ``rest``: of what its run writes after it; ``known``: what its role's runs mostly do after it."""
-    more = rest.p50 / known.output_tokens if known.output_tokens else 0.0
+    left = corrected(known, rest)
     numbers = {
         "output_tokens_mean": own.mean,
         "output_tokens_p50": own.p50,
         "output_tokens_p90": own.p90,
         "output_tokens_p99": own.p99,
-        "stages": known.stages * more,
-        "output_tokens": rest.p50,
-        "prompt_tokens": known.prompt_tokens * more,
-        "tool_s": known.tool_s * more,
-        "ends_p": known.ends_p if math.isnan(rest.short_p) else rest.short_p,
+        **{name: getattr(left, name) for name in ("stages", "output_tokens", "prompt_tokens", "tool_s", "ends_p")},
     }
     return Foreseen(basis=own.basis, **{name: round(value, 3) for name, value in numbers.items()})
 

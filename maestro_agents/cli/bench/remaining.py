@@ -236,6 +236,47 @@ def predictors(sessions: Sequence[Session]) -> dict[str, Predictor]:
     return dict(zip(PREDICTORS, (zero, everything, app, role, ours(sessions)), strict=True))
 
 
+# -- the second model ------------------------------------------------------------------------------------------------------
+SECOND: Final = {
+    "workflows": "means of node and visit",
+    "median": "medians of role and visit",
+    "model": "the second model",
+}
+"""What says how many tokens a run still writes (a field of `foresight.Rest`) -> its name: `Workflows` alone; the second predictor
+while it has no model; with it."""
+
+
+def second(trace: Path, texts: Path | None, progress: Callable[[str, float], None]) -> dict[str, Any]:
+    """How much the model of what runs still write, which the scheduler trains on its own traffic, adds to `Workflows`.
+
+    Cross-fitted by task, as `foresight.foresee` does it. By predictor: mean absolute error in tokens, its mean over apps, and
+    Kendall's tau, the share of pairs of calls in their right order less that of those in the wrong one.
+    """
+    import numpy as np
+
+    from maestro_agents.cli.predict.metrics import kendall
+    from maestro_agents.simulator.foresight import FOLDS, rests
+
+    found = rests(trace, texts, progress=progress)
+    truth = np.array([r.truth for r in found], dtype=np.float64)
+    apps = np.array([r.app for r in found])
+    rows: list[dict[str, Any]] = []
+    for name in SECOND:
+        said = np.array([float(getattr(r, name)) for r in found])
+        off = np.abs(said - truth)
+        taus = [kendall(truth[apps == app], said[apps == app]) for app in np.unique(apps)]
+        rows.append(
+            {
+                "predictor": name,
+                "mae": float(off.mean()),
+                "mae_mean_of_apps": float(np.mean([off[apps == app].mean() for app in np.unique(apps)])),
+                "tau": kendall(truth, said),
+                "tau_mean_of_apps": float(np.mean([t for t in taus if t is not None])),
+            }
+        )
+    return {"calls": len(found), "folds": FOLDS, "rows": rows}
+
+
 # -- the measurement -------------------------------------------------------------------------------------------------------
 def run(path: Path, seeds: int, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Mean absolute error (Brier score of ``ends_p``) by app, measure and predictor, over seeds 0 to ``seeds - 1``.

@@ -141,7 +141,8 @@ def show_status(redis_url: Redis = None, pool: Pool = None, as_json: OneJson = F
 
     `error` is that of what was said of a role's last stages (some 50), in tokens; beside it what the running median would have
     missed. Where the model does worse than that, the median is used, and the last column says so. `below p90`: the share of
-    answers that stayed below the p90, 90 % if all is well.
+    answers that stayed below the p90, 90 % if all is well. Then the same of the second model, which says what a run still writes
+    after a call: beside it what such calls were mostly followed by.
     """
     from maestro_agents.cli.monitor import _with_queue
     from maestro_agents.cli.predict import live

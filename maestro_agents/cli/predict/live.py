@@ -62,27 +62,16 @@ def status_view(found: Mapping[str, Any]) -> RenderableType:
     head = Text.assemble("predicting by ", (str(found.get("version", "?")), "bold"), f" since {since}" if since else "")
     if rows:
         head.append(f", trained on {rows:,} stages ({found.get('trained_at') or 'no date'})")
-    return Group(head, *map(Text, _lines(found)), Text(""), _roles(found), *_prefix(found))
+    return Group(head, *map(Text, _lines(found)), Text(""), _roles(found), *_rest(found), *_prefix(found))
 
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     kept: list[str] = found.get("models") or []
-    window = f"window: {found.get('window_rows', 0):,} stages of {found.get('window_roles', 0):,} roles"
-    lines = [f"{window}, {found.get('new_rows', 0):,} of them new"]
+    lines = _training(found)
     if found.get("retrain"):
         lines[0] += f"; trained again at {RETRAIN_ROWS:,}, {RETRAIN_S / 60:g} minutes apart at least"
     else:
         lines[0] += "; never trained again here (MAESTRO_RETRAIN=off)"
-    if (v := found.get("last_training")) is not None:
-        ours = f"error {v['mae']:.1f} tokens, the median's {v['median_mae']:.1f}"
-        if v.get("current_mae") is not None:
-            ours += f", the former model's {v['current_mae']:.1f}"
-        fate = f"not used: {v['against']}" if v.get("against") else "published"
-        lines.append(f"last training: {v['rows']:,} stages, {v['seconds']:.0f} s; {ours}; {fate}")
-    if (t := found.get("trial")) is not None and t.get("n"):
-        lines.append(
-            f"beside {t['former']}: error {t['mae']:.1f} tokens, not {t['former_mae']:.1f} (last {t['n']} stages)"
-        )
     lines += [
         f"{_moment(r['at_s'])}: {r['from']} was worse than {r['to']}, which predicts again" for r in found["rollbacks"]
     ]
@@ -93,16 +82,53 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _training(found: Mapping[str, Any]) -> list[str]:
+    """What one of the two models is trained on, and what became of that."""
+    window = f"window: {found.get('window_rows', 0):,} stages of {found.get('window_roles', 0):,} roles"
+    lines = [f"{window}, {found.get('new_rows', 0):,} of them new"]
+    if (v := found.get("last_training")) is not None:
+        ours = f"error {v['mae']:.1f} tokens, the median's {v['median_mae']:.1f}"
+        if v.get("current_mae") is not None:
+            ours += f", the former model's {v['current_mae']:.1f}"
+        fate = f"not used: {v['against']}" if v.get("against") else "published"
+        lines.append(f"last training: {v['rows']:,} stages, {v['seconds']:.0f} s; {ours}; {fate}")
+    if (t := found.get("trial")) is not None and t.get("n"):
+        lines.append(
+            f"beside {t['former']}: error {t['mae']:.1f} tokens, not {t['former_mae']:.1f} (last {t['n']} stages)"
+        )
+    return lines
+
+
 def _roles(found: Mapping[str, Any]) -> RenderableType:
     rows: Sequence[Mapping[str, Any]] = found.get("roles") or []
     if not rows and not found.get("trained_rows"):
         return Text("There is no model: online statistics predict alone.", style="dim")
     if not rows:
         return Text("No stage has ended since that the model could be held against.", style="dim")
-    table = _table("role", "model", ">n", ">error", ">median's", ">below p90", "used")
+    return _errors(rows, "median")
+
+
+def _rest(found: Mapping[str, Any]) -> list[RenderableType]:
+    """The second model: what runs still write after a call."""
+    rest: Mapping[str, Any] = found.get("rest") or {}
+    if not rest.get("window_rows") and not rest.get("trained_rows"):
+        return []
+    head = Text("\nwhat a run still writes after a call, by ")
+    if not rest.get("trained_rows"):
+        return [head.append("what such stages were mostly followed by (no model yet)"), *map(Text, _training(rest))]
+    head.append(str(rest.get("version", "?")), "bold")
+    head.append(f", trained on {rest['trained_rows']:,} stages ({rest.get('trained_at') or 'no date'})")
+    rows: Sequence[Mapping[str, Any]] = rest.get("roles") or []
+    table = _errors(rows, "workflow") if rows else Text("No run has ended since that it could be held against.", "dim")
+    return [head, *map(Text, _training(rest)), Text(""), table]
+
+
+def _errors(rows: Sequence[Mapping[str, Any]], other: str) -> RenderableType:
+    """Errors by role beside those of what would be used instead."""
+    table = _table("role", "model", ">n", ">error", f">{other}'s", ">below p90", "used")
     for r in rows:
         table.add_row(
-            *(str(r["role"]), str(r["model"]), f"{r['n']:.0f}", f"{r['mae_said']:.1f}", f"{r['mae_median']:.1f}"),
+            *(str(r["role"]), str(r["model"]), f"{r['n']:.0f}", f"{r['mae_said']:.1f}", f"{r[f'mae_{other}']:.1f}"),
             f"{r['covered_p90']:.0%}",
             Text(str(r["uses"]), style="" if r["uses"] == "model" else "yellow"),
         )
