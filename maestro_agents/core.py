@@ -501,6 +501,11 @@ class EngineSpec:
     kv_window_tokens: int = 0
     #: Environment variable that holds its API key; the key itself never travels.
     api_key_env: str = ""
+    #: What the proxy in front of it asks for (`tokens`), as the scheduler published it last; "" where there is none. For the
+    #: ``Authorization`` of a call and nothing else: never shown, written to a file, or compared.
+    token: str = field(default="", repr=False, compare=False)
+    #: The same for an outage of Maestro (`in_outage`): it is good for longer, and for few calls a second.
+    outage_token: str = field(default="", repr=False, compare=False)
     cluster: str = "local"
     #: Network seconds there and back.
     rtt_s: float = 0.0
@@ -544,6 +549,10 @@ class EngineSpec:
         longest = self.max_model_len if self.kv_window_tokens else 0
         size = tokens * self.kv_bytes_of(longest, 0) // longest if longest else tokens * self.kv_bytes_per_token
         return dataclasses.replace(self, kv_bytes=size)
+
+    def in_outage(self) -> EngineSpec:
+        """The same engine, to be called without the scheduler's word."""
+        return dataclasses.replace(self, token=self.outage_token) if self.token else self
 
     def encode(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, Status, Switch, Ticket, Verdict
+from maestro_agents.nodes import NodeReport, Wanted
 
 MODELS_KEPT: Final = 3
 MODEL_BYTES: Final = 16 * 2**20
@@ -242,6 +243,26 @@ class Queue(Protocol):
 
     async def predictor_status(self) -> str:
         """What `set_predictor_status` was last told, "" where nothing was."""
+        ...
+
+    # -- the nodes' side (`maestro_agents.nodes`) ----------------------------------------------------------------------
+    async def report(self, report: NodeReport, *, now_s: float, ttl_s: float) -> None:
+        """Keep a node's account of itself, in place of its last one, for so many seconds; the scheduler wakes for it."""
+        ...
+
+    async def reports(self, now_s: float) -> Sequence[NodeReport]:
+        """The accounts that have not expired, by node."""
+        ...
+
+    async def want(self, node_id: str, wanted: Wanted) -> bool:
+        """Write what is wanted of a node, whole, under ``wanted.epoch``. False, and nothing has changed: a newer epoch rules."""
+        ...
+
+    async def wanted(self, node_id: str, *, known: str, timeout_s: float) -> tuple[str, Wanted] | None:
+        """What is wanted of a node, and its version, as soon as that is not ``known`` ("": any); None after ``timeout_s`` (0: at once).
+
+        It outlives the scheduler. Of the same wishes in a new epoch the version is a new one.
+        """
         ...
 
     async def incarnation(self) -> str:

@@ -70,6 +70,9 @@ UNSENT_LIMIT: Final = 10_000
 SWITCH_S: Final = 0.4
 """How often the pool's switch is read: one ``GET``. Every process obeys within a second."""
 
+NODES_S: Final = 1.0
+"""Shortest time between two looks at what nodes could serve, for a call whose model no engine serves."""
+
 FILE_S: Final = 0.5
 """How often the events file is written."""
 
@@ -117,6 +120,7 @@ class Room:
         self.events = EventFile(settings.events) if settings.events and settings.mode is not Mode.OFF else None
         #: Every model that the fleet ever served: its calls are ours also while its engines are dead.
         self.models = {e.model for e in engines.values()}
+        self._met_nodes_at_s = -math.inf
         self.waiting: dict[str, Pass] = {}
         self.held: dict[str, Pass] = {}
         #: Stage -> engine, of those let through by this process alone; never more than ``local_concurrency``.
@@ -374,6 +378,9 @@ class Room:
         model = p.ticket.model
         if model not in self.models and self.settings.redis_url:
             await self.refresh_fleet()  # it may have joined a moment ago
+            if self.clock.now_s() - self._met_nodes_at_s >= NODES_S:
+                self._met_nodes_at_s = self.clock.now_s()
+                self.models |= await self._models_of_nodes()
         return self._engines_for(p.ticket) if model in self.models else None
 
     def _engines_for(self, t: Ticket) -> list[EngineSpec]:
@@ -595,7 +602,7 @@ class Room:
         busy = Counter(self.local.values())
         engine = min(engines or [self.original(p)], key=lambda e: (busy[e.engine_id], e.engine_id))
         self.local[p.ticket.stage_id] = engine.engine_id
-        self._let_through(p, engine)
+        self._let_through(p, engine.in_outage())
 
     def _let_through(self, p: Pass, engine: EngineSpec) -> None:
         grant = Grant(
@@ -816,7 +823,9 @@ class Room:
             self._sync_clock = None
         if not self.salt:
             self.salt = await self.queue.salt()
+        asleep = await self._models_of_nodes()
         await self.refresh_fleet()
+        self.models |= asleep  # last: who knows some models takes the calls of all others for none of ours
 
     async def refresh_fleet(self) -> None:
         """Read the engines that the scheduler last published; an empty answer does not erase what is known."""
@@ -824,6 +833,10 @@ class Room:
         if found and self.settings.redis_url:
             self.fleet = {e.engine_id: e for e in found}
             self.models |= {e.model for e in found}
+
+    async def _models_of_nodes(self) -> set[str]:
+        """Models that sleep on some node are served, too: a stage waits for its model to wake."""
+        return {e.spec.model for report in await self.queue.reports(self.clock.now_s()) for e in report.engines}
 
     async def _reconcile(self, believed: Mapping[str, int], renewal: Renewal) -> None:
         """Bring a queue that forgot, or that we did not hear, to what is true here."""

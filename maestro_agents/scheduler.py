@@ -1,4 +1,4 @@
-"""The spine: collect -> predict -> plan -> grant -> act -> learn. One leader per pool; everything it knows that must
+"""The spine: collect -> predict -> plan -> grant -> act -> place -> learn. One leader per pool; everything it knows that must
 survive is in the queue (tickets, leases, reservations) or a fold over its observation log (statistics).
 """
 
@@ -15,12 +15,14 @@ from typing import Any, Final, TypeVar
 
 from maestro_agents.core import EngineSpec, EngineState, Observation, Prediction, RunEnd, Ticket
 from maestro_agents.errors import QueueUnavailable
+from maestro_agents.placer import Placer, Waiting
 from maestro_agents.policy import OURS, Plan, Policy, Snapshot, plan
 from maestro_agents.policy.fairness import Shares
 from maestro_agents.ports import Clock, EngineHealth, EngineProbe, Queue, Reservation, Running
 from maestro_agents.predict.prefix import PrefixCaches
 from maestro_agents.predict.roles import MAX_ROLES, Predicts, RoleStatistics
 from maestro_agents.predict.speed import EngineSpeeds
+from maestro_agents.tokens import EngineKey
 from maestro_agents.workflow import Workflows, with_join_slack
 
 T = TypeVar("T")
@@ -60,8 +62,9 @@ MAX_DEBTS: Final = 100_000
 class Scheduler:
     """One candidate for a pool's leadership. ``run`` until cancelled.
 
-    ``engines``: the fleet. ``probe``: reads engines' own account; None where they have none (the caller's own URL).
+    ``engines``: the fleet, as far as no node reports it (`placer`). ``probe``: reads engines' own account; None where they have none (the caller's own URL).
     ``policy``: one of `policy.POLICIES`, or one with the user's own functions. ``predictor``: online statistics alone where none is given.
+    ``key``: signs what the proxies in front of engines ask for; None where clients reach engines without one.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Scheduler:
         probe: EngineProbe | None = None,
         predictor: Predicts | None = None,
         lease_s: float = 10.0,
+        key: EngineKey | None = None,
     ) -> None:
         self.queue = queue
         self.engines = {e.engine_id: e for e in engines}
@@ -83,15 +87,25 @@ class Scheduler:
         self.holder = holder
         self.probe = probe
         self.lease_s = lease_s
+        self.key = key
         self.epoch = 0
         self.leading = False
         self.decisions = 0
         self.predictor: Predicts = predictor or RoleStatistics()
         self.speeds = EngineSpeeds()
         self.workflows = Workflows()
+        self.placer = Placer(queue, policy.place, self.workflows)
         self.prefixes = PrefixCaches()
         self.shares = Shares()
         self._debts: OrderedDict[str, float] = OrderedDict()
+        #: Engines that nodes report, and those of them whose servers are up.
+        self._reported: set[str] = set()
+        self._up: set[str] = set()
+        self._look_now = asyncio.Event()
+        self._published: list[EngineSpec] = []
+        #: What the last round looked at, and the stages of each model that waited beyond that.
+        self._seen = Snapshot(tickets=(), predictions={}, engines=())
+        self._more: dict[str, int] = {}
         #: Engine -> stages reserved there when the ledger was read last, and stages that this scheduler granted it.
         self._slots: dict[str, int] = {}
         self._grants: dict[str, int] = {}
@@ -115,7 +129,9 @@ class Scheduler:
     # -- the loop ----------------------------------------------------------------------------------------------------
     async def run(self) -> None:
         """Lead whenever leadership is free; outlive the queue's outages, and bugs."""
-        await asyncio.gather(*(self._look(e) for e in list(self.engines.values())))  # first see, then lead
+        with contextlib.suppress(QueueUnavailable):
+            await self._part("reading reports", self.meet_nodes())
+        await asyncio.gather(*map(self._look, self._served()))  # first see, then lead
         watcher = asyncio.create_task(self._watch_engines())
         try:
             while True:
@@ -125,6 +141,7 @@ class Scheduler:
                         await self.queue.wake(TICK_S)
                     else:
                         await self.learn()  # whoever takes over knows already
+                        await self._part("reading reports", self.meet_nodes())
                         await asyncio.sleep(TICK_S)
                 except QueueUnavailable as e:
                     if self.leading:
@@ -141,8 +158,10 @@ class Scheduler:
     async def step(self) -> Plan:
         """One round. What goes wrong in one part of it does not keep the others from their work."""
         await self._part("learning", self.learn())
+        await self._part("reading reports", self.meet_nodes())
         decided = await self._part("planning", self.decide()) or Plan()
         await self.act(decided)
+        await self._part("placing", self.place(decided))
         await self._part("keeping house", self.keep_house())
         return decided
 
@@ -184,15 +203,17 @@ class Scheduler:
         if epoch != self.epoch:
             log.info("leading with epoch %d as %s", epoch, self.holder)
             self._p99_due = dict(self._p99)  # to a store that may know none of it
+            self.placer.forget()
         self.epoch, self.leading, self._led_at_s = epoch, False, now_s  # it leads once that is published
+        await self._part("reading reports", self.meet_nodes(leading=True))
         await self.publish()
         return self.leading
 
     async def publish(self) -> None:
-        """Publish the fleet and its credits: live engines only, and none while grants are held back."""
+        """Publish the fleet and its credits: engines that take stages, and none while grants are held back."""
         now_s = self.clock.now_s()
         valid_until_s = 0.0 if now_s < self._hold_until_s else now_s + self.lease_s / 2
-        live = [e for e in self.engines.values() if self.healthy(e.engine_id)]
+        live = self._published = self._live()
         changed = self.predictor.changed_p99()
         self._p99_due |= changed
         for role, tokens in changed.items():
@@ -200,9 +221,19 @@ class Scheduler:
             self._p99.move_to_end(role)
             if len(self._p99) > MAX_ROLES:
                 self._p99.popitem(last=False)
-        self.leading = await self.queue.publish(live, p99=self._p99_due, epoch=self.epoch, valid_until_s=valid_until_s)
+        signed = live if self.key is None else [self.key.sign(e, now_s=now_s) for e in live]
+        self.leading = await self.queue.publish(
+            signed, p99=self._p99_due, epoch=self.epoch, valid_until_s=valid_until_s
+        )
         if self.leading:
             self._p99_due = {}
+
+    def _live(self) -> list[EngineSpec]:
+        return [e for e in self.engines.values() if self.takes(e.engine_id)]
+
+    async def _publish_changes(self) -> None:
+        if self.leading and self._live() != self._published:
+            await self.publish()
 
     async def add_engine(self, engine: EngineSpec) -> None:
         """Let an engine join while running."""
@@ -215,6 +246,55 @@ class Scheduler:
     def healthy(self, engine_id: str) -> bool:
         """The engine answered lately, or nobody asks."""
         return self.probe is None or (engine_id in self._health and self._failures.get(engine_id, 0) < FAILURES)
+
+    def takes(self, engine_id: str) -> bool:
+        """It may be given stages: it is healthy, and neither asleep nor about to be."""
+        return self.healthy(engine_id) and self.placer.takes(engine_id)
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+    async def meet_nodes(self, *, leading: bool | None = None) -> None:
+        """Read what nodes report: engines join, change, wake and go. A silent node's are dead. Publish what has changed."""
+        if not await self.placer.look(self.clock.now_s(), leading=self.leading if leading is None else leading):
+            return
+        found = self.placer.engines
+        for engine_id in self._reported - found.keys():
+            del self.engines[engine_id]
+        self._reported = set(found)
+        up = {e for e in found if self.placer.runs(e)}
+        for engine_id in up ^ self._up:  # its server is a new one, or none
+            self._health.pop(engine_id, None)
+            self._failures.pop(engine_id, None)
+            self.prefixes.forget(engine_id)
+        if up - self._up:
+            self._look_now.set()
+        self._up = up
+        for engine_id, spec in found.items():
+            self.engines[engine_id] = spec if engine_id not in up else self._with_what_it_said(spec)
+        await self._publish_changes()
+
+    def _with_what_it_said(self, spec: EngineSpec) -> EngineSpec:
+        """The spec that a node reports, with what the engine's own metrics told beyond it."""
+        if not spec.kv_bytes:
+            self._says_kv.add(spec.engine_id)
+        known = self.engines.get(spec.engine_id, spec)
+        blocks = max(known.kv_block_tokens, spec.kv_block_tokens)
+        return dataclasses.replace(spec, kv_block_tokens=blocks, kv_bytes=spec.kv_bytes or known.kv_bytes)
+
+    async def place(self, decided: Plan) -> None:
+        """Have models awake where they are wanted most. Who is to sleep is published as gone before its node is told."""
+        now_s = self.clock.now_s()
+        if now_s >= self._hold_until_s and self.placer.asks(now_s):
+            ended = {t.stage_id for t, _ in (*decided.grants, *decided.refusals)}
+            waiting = Waiting(
+                tickets=[t for t in self._seen.tickets if t.stage_id not in ended],
+                predictions=self._seen.predictions,
+                moments={s: at_s for moments in decided.moments.values() for s, at_s in moments.items()},
+                more=self._more,
+            )
+            await self.placer.decide(waiting, self.engines.values(), self._predict, now_s)
+            await self._publish_changes()
+        if self.leading:
+            await self.placer.tell(self.epoch)
 
     # -- collect, predict --------------------------------------------------------------------------------------------
     async def decide(self) -> Plan:
@@ -236,21 +316,26 @@ class Scheduler:
 
     async def collect(self) -> Snapshot:
         """The waiting stages that may go next, what they will cost, and the fleet as it is."""
-        nothing = Snapshot(tickets=(), predictions={}, engines=())
+        nothing = self._seen = Snapshot(tickets=(), predictions={}, engines=())
+        self._more = {}
         if self.clock.now_s() < self._hold_until_s:
             return nothing
         tickets: list[Ticket] = []
         for model in {e.model for e in self.engines.values()}:
-            tickets.extend(await self._part(f"heads of {model}", self.queue.heads(model, HEADS)) or ())
+            heads = await self._part(f"heads of {model}", self.queue.heads(model, HEADS)) or ()
+            tickets.extend(heads)
+            if len(heads) == HEADS:
+                self._more[model] = max(0, await self.queue.depth(model) - HEADS)
         if not tickets:
             return nothing
         await self._read_graphs(tickets)
-        return Snapshot(
+        self._seen = Snapshot(
             tickets=tickets,
             predictions=self.predict(tickets),
             engines=await self.fleet(),
             cached_tokens=self.cached_tokens(tickets),
         )
+        return self._seen
 
     async def _read_graphs(self, tickets: Iterable[Ticket]) -> None:
         """The static graphs of workflows that are new here."""
@@ -266,16 +351,9 @@ class Scheduler:
                 self._graphs.popitem(last=False)
 
     def predict(self, tickets: Sequence[Ticket]) -> Mapping[str, Prediction]:
-        """What each stage and the run behind it will cost, on the fastest engine of its model."""
-        fastest: dict[str, EngineSpec] = {}
-        for spec in self.engines.values():
-            speed = self.speeds.of(spec)
-            decode = speed.usual_decode
-            learned = dataclasses.replace(spec, prefill_s_per_token=speed.prefill, decode_s_per_token=decode)
-            if spec.model not in fastest or decode < fastest[spec.model].decode_s_per_token:
-                fastest[spec.model] = learned
-        found = with_join_slack(tickets, self.predictor.predict(tickets, fastest, self.workflows))
-        slots = sum(e.slots for e in self.engines.values())
+        """What each stage and the run behind it will cost; its tenant is charged for it, once."""
+        found = dict(self._predict(tickets))
+        slots = sum(e.slots for e in self.engines.values() if self.placer.takes(e.engine_id)) or 1
         for t in tickets:
             p = found[t.stage_id]
             if t.stage_id not in self._debts:
@@ -288,6 +366,17 @@ class Scheduler:
             if debt_s or attained_s:
                 found[t.stage_id] = dataclasses.replace(p, debt_s=debt_s, attained_s=attained_s)
         return found
+
+    def _predict(self, tickets: Sequence[Ticket]) -> Mapping[str, Prediction]:
+        """What each stage and the run behind it will cost, on the fastest engine of its model."""
+        fastest: dict[str, EngineSpec] = {}
+        for spec in self.engines.values():
+            speed = self.speeds.of(spec)
+            decode = speed.usual_decode
+            learned = dataclasses.replace(spec, prefill_s_per_token=speed.prefill, decode_s_per_token=decode)
+            if spec.model not in fastest or decode < fastest[spec.model].decode_s_per_token:
+                fastest[spec.model] = learned
+        return with_join_slack(tickets, self.predictor.predict(tickets, fastest, self.workflows))
 
     def cached_tokens(self, tickets: Iterable[Ticket]) -> Mapping[tuple[str, str], int]:
         """What each engine is expected to have of each prompt in its prefix cache; what it has nothing of is left out."""
@@ -312,7 +401,7 @@ class Scheduler:
                     spec=spec,
                     reserved_slots=ledger.slots.get(spec.engine_id, 0),
                     reserved_kv_bytes=ledger.kv_bytes.get(spec.engine_id, 0),
-                    healthy=self.healthy(spec.engine_id),
+                    healthy=self.takes(spec.engine_id),
                     running=health.running,
                     waiting=health.waiting,
                     prefill_s_per_token=speed.prefill,
@@ -424,6 +513,7 @@ class Scheduler:
 
     def take(self, *entries: Observation | RunEnd) -> None:
         """Learn from entries of the observation log. One that cannot be learned from keeps no other from teaching."""
+        now_s = self.clock.now_s()
         finished = [e for e in entries if isinstance(e, Observation)]
         try:
             self.predictor.observe(finished)  # all at once: a model predicts many as fast as one
@@ -435,11 +525,13 @@ class Scheduler:
         for entry in entries:
             try:
                 self._take(entry)
+                self.placer.observe(entry, now_s)
             except Exception as e:
                 self._bug("learning", e)
 
     def _take(self, entry: Observation | RunEnd) -> None:
         if isinstance(entry, RunEnd):
+            self.predictor.end_run(entry, self.workflows)  # before they learn of it: they are judged by it, too
             self.workflows.end_run(entry)
             return
         if not entry.observed:  # it was served by whom its caller chose, and waited there in nobody's order
@@ -458,14 +550,21 @@ class Scheduler:
         looks: dict[str, asyncio.Task[None]] = {}
         try:
             while self.probe is not None:
-                await asyncio.sleep(PROBE_S)
-                for engine in list(self.engines.values()):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PROBE_S):
+                        await self._look_now.wait()
+                self._look_now.clear()
+                for engine in self._served():
                     if engine.engine_id not in looks or looks[engine.engine_id].done():
                         looks[engine.engine_id] = asyncio.create_task(self._look(engine))
         finally:
             for look in looks.values():
                 look.cancel()
             await asyncio.gather(*looks.values(), return_exceptions=True)
+
+    def _served(self) -> list[EngineSpec]:
+        """Engines whose servers are up as far as is known."""
+        return [e for e in self.engines.values() if self.placer.runs(e.engine_id)]
 
     async def _look(self, engine: EngineSpec) -> None:
         if self.probe is None:
@@ -481,6 +580,9 @@ class Scheduler:
         except Exception as e:  # a probe promises not to
             self._bug(f"the probe of {engine_id}", e)
         was = self.healthy(engine_id)
+        engine = self.engines.get(engine_id, engine)  # its node may have said more meanwhile
+        if engine_id not in self.engines or not self.placer.runs(engine_id):
+            return
         if not health.healthy:
             self._failures[engine_id] = self._failures.get(engine_id, 0) + 1
         else:

@@ -33,7 +33,7 @@ ENV_PREFIX: Final = "MAESTRO_"
 CONFIG_ENV: Final = "MAESTRO_CONFIG"
 DEFAULT_CONFIG_FILE: Final = "maestro.toml"
 OTHER_ENV: Final = frozenset(
-    {CONFIG_ENV, "MAESTRO_DEBUG", "MAESTRO_VLLM", "MAESTRO_VLLM_MODEL", "MAESTRO_SAMPLE_MODEL"}
+    {CONFIG_ENV, "MAESTRO_DEBUG", "MAESTRO_ENVOY", "MAESTRO_VLLM", "MAESTRO_VLLM_MODEL", "MAESTRO_SAMPLE_MODEL"}
 )
 """Variables of ours that are no settings."""
 TEST_PREFIX: Final = "MAESTRO_TEST_"
@@ -153,6 +153,11 @@ class Settings(BaseSettings):
         default=True,
         description="Tell the scheduler, beside lengths and counts, what helps to guess an answer's length from the words: "
         "shares of digits, whether it speaks of JSON, some words as hashed numbers. Never the text.",
+    )
+    engine_key_file: Path | None = Field(
+        default=None,
+        description="File with the key that schedulers and node agents share, and no client has: it signs the short-lived tokens "
+        "which the proxies in front of engines ask for. Needed by `maestro node --listen` and by the scheduler of such nodes.",
     )
     fleet: Path | None = Field(default=None, description="fleet.toml, where this process runs the scheduler itself.")
     retrain: bool = Field(

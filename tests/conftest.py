@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No ``MAESTRO_*`` of the developer's shell and no maestro.toml of a checkout reaches a test."""
     for name in list(os.environ):
-        if name.startswith("MAESTRO_") and not name.startswith(("MAESTRO_TEST_", "MAESTRO_VLLM")):
+        if name.startswith("MAESTRO_") and not name.startswith(("MAESTRO_TEST_", "MAESTRO_VLLM", "MAESTRO_ENVOY")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 

@@ -24,6 +24,7 @@ from maestro_agents.core import (
     covered_tokens,
     kv_need_bytes,
 )
+from maestro_agents.nodes import EngineReport, GpuReport, NodeReport, Want, Wanted
 from maestro_agents.ports import Queue
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.queue.redis import RedisQueue
@@ -639,3 +640,97 @@ async def test_what_the_predictor_tells_of_itself_is_read_as_it_was_told(queue: 
     await queue.set_predictor_status('{"a":1}')
     await queue.set_predictor_status('{"a":2}')
     assert await queue.predictor_status() == '{"a":2}'
+
+
+# -- nodes ---------------------------------------------------------------------------------------------------------------
+def account(node_id: str, at_s: float = NOW) -> NodeReport:
+    engine = EngineReport(spec=A, gpu_id="g", tier="sleeping", to="gpu", hbm_bytes=5, wake_s={"sleeping": 1.5})
+    return NodeReport(
+        node_id=node_id, at_s=at_s, engines=(engine,), gpus=(GpuReport(gpu_id="g", memory_bytes=9, usable_bytes=8),)
+    )
+
+
+async def test_a_node_is_known_by_its_last_report_until_that_expires(queue: Queue) -> None:
+    """Each of many nodes has one account, whole as it was said; a silent node is forgotten, and comes back when it speaks."""
+    names = [f"node {n:02}" for n in range(20)]
+    for name in names:
+        await queue.report(account(name), now_s=NOW, ttl_s=5.0)
+    await queue.report(account(names[3], NOW + 3), now_s=NOW + 3, ttl_s=5.0)
+    found = await queue.reports(NOW + 4)
+    assert [r.node_id for r in found] == names
+    assert found[0] == NodeReport.decode(account(names[0]).encode())
+    assert (found[3].at_s, found[3].engines[0].spec, found[3].engines[0].wake_s) == (NOW + 3, A, {"sleeping": 1.5})
+    assert [r.node_id for r in await queue.reports(NOW + 5)] == [names[3]]
+    await queue.report(account("late", NOW + 9), now_s=NOW + 9, ttl_s=5.0)
+    assert [r.node_id for r in await queue.reports(NOW + 9)] == ["late"]
+
+
+async def test_the_scheduler_is_woken_by_a_report(queue: Queue) -> None:
+    """What a node says is looked at long before the tick."""
+    await queue.wake(0.01)
+    await queue.report(account("n"), now_s=NOW, ttl_s=5.0)
+    async with asyncio.timeout(1.0):
+        await queue.wake(2.0)
+
+
+async def test_what_is_wanted_of_a_node_is_read_once_for_each_version(queue: Queue) -> None:
+    """The latest wish is there at once for whoever does not know it; saying it again is nothing new; nodes are apart."""
+    first = Wanted(epoch=1, engines={"a": Want(tier="gpu", kv_bytes=7), "b": Want(tier="sleeping")})
+    assert await queue.wanted("n", known="", timeout_s=0.01) is None
+    assert await queue.want("n", first)
+    found = await queue.wanted("n", known="", timeout_s=0.01)
+    assert found is not None
+    version, wanted = found
+    assert wanted == first
+    assert await queue.want("n", first)
+    assert await queue.wanted("n", known=version, timeout_s=0.01) is None
+    assert await queue.wanted("other", known="", timeout_s=0.01) is None
+    last = Wanted(epoch=1, engines={"a": Want(tier="dropped", rejuvenation=2)})
+    assert await queue.want("n", Wanted(epoch=1))
+    assert await queue.want("n", last)
+    for known in (version, "", "never heard of"):
+        found = await queue.wanted("n", known=known, timeout_s=0.01)
+        assert found is not None
+        assert found[1] == last
+        assert found[0] != version
+
+
+async def test_an_older_epoch_wants_nothing_of_a_node(queue: Queue) -> None:
+    """A deposed leader's wish changes nothing; the new leader's same wish is a new version."""
+    old = await queue.lead("first", ttl_s=5, now_s=NOW)
+    assert old is not None
+    assert await queue.want("n", Wanted(epoch=old, engines={"a": Want(tier="gpu")}))
+    before = await queue.wanted("n", known="", timeout_s=0.01)
+    new = await queue.lead("second", ttl_s=5, now_s=NOW + 6)
+    assert before is not None
+    assert new is not None
+    assert not await queue.want("n", Wanted(epoch=old, engines={"a": Want(tier="disk")}))
+    assert await queue.wanted("n", known=before[0], timeout_s=0.01) is None
+    assert await queue.want("n", Wanted(epoch=new, engines={"a": Want(tier="gpu")}))
+    after = await queue.wanted("n", known=before[0], timeout_s=0.01)
+    assert after is not None
+    assert after[1].epoch == new
+
+
+async def test_a_node_that_waits_hears_a_new_wish_at_once(queue: Queue) -> None:
+    """Long before its patience is over, and so does every other reader."""
+    await queue.want("n", Wanted(epoch=1))
+    known = await queue.wanted("n", known="", timeout_s=1.0)
+    assert known is not None
+    readers = [asyncio.create_task(queue.wanted("n", known=known[0], timeout_s=60.0)) for _ in range(2)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(1.5):
+        assert await queue.want("n", Wanted(epoch=2))
+        for found in await asyncio.gather(*readers):
+            assert found is not None
+            assert found[1].epoch == 2
+
+
+async def test_a_stage_that_waits_for_a_sleeping_model_is_lost_with_its_app(queue: Queue) -> None:
+    """No engine of its model is in the published fleet, a node names one that sleeps."""
+    await led(queue, credit=False, engines=(B,))
+    asleep = dataclasses.replace(account("n"), engines=(EngineReport(spec=dataclasses.replace(A, model="asleep"), gpu_id="g", tier="disk", to="disk"),))  # fmt: skip
+    await queue.report(asleep, now_s=NOW, ttl_s=99.0)
+    await queue.push(ticket("s", model="asleep"), engines=(), now_s=NOW)
+    assert list(await queue.reap(now_s=NOW + LEASE_S + 1)) == ["s"]
+    assert await queue.depth("asleep") == 0

@@ -42,6 +42,9 @@ _BUSY: Final = frozenset({429, 503})
 _RETRYABLE: Final = frozenset({408, 409, 500, 502, 504})
 _REMEMBERED_RESPONSES: Final = 10_000
 
+PROXY_SAYS: Final = "x-maestro-engine"
+"""Header of an answer that the proxy in front of an engine gave itself (`maestro_serving.proxy.DOWN_HEADER`)."""
+
 _answered_by: OrderedDict[str, str] = OrderedDict()
 """Response id -> the engine that holds its conversation (``previous_response_id``)."""
 
@@ -362,6 +365,11 @@ class Call:
         if isinstance(error, openai.APIConnectionError):
             return pass_.requeue(engine_down=True)
         if isinstance(error, openai.APIStatusError):
+            if error.response.headers.get(PROXY_SAYS) == "down":  # as a connection refused, without the proxy
+                return pass_.requeue(engine_down=True)
+            if error.status_code == 401 and self.engine is not None and self.engine.token:
+                # it expired on its way here (a process that was stopped for a while): the next one is newer
+                return self._spend_retry() and pass_.requeue(engine_down=False, answered=True)
             if error.status_code in _BUSY:  # a full queue is a signal, not a failure
                 return pass_.requeue(engine_down=False, answered=True)
             if error.status_code in _RETRYABLE or error.status_code > 504:

@@ -2,7 +2,8 @@
 
 A caller's client carries a key, organisation headers, default headers and queries, cookies, proxies and auth hooks, all
 meant for the provider it was made for. An engine gets the body, the allowed headers, and the key that the environment
-holds for it. Clients live in one process (a fork starts without) and, where asynchronous, on one event loop.
+holds for it, or the token that the scheduler published for the proxy in front of it. Clients live in one process (a fork starts
+without) and, where asynchronous, on one event loop.
 """
 
 from __future__ import annotations
@@ -136,10 +137,13 @@ def suffix_of(url: str) -> str | None:
 def headers_for(engine: EngineSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     """The headers of a bare HTTP request to an engine."""
     # events are read along as they pass, so they must come uncompressed
-    return {**_allowed(given), "Authorization": f"Bearer {_key(engine)[1]}", "Accept-Encoding": "identity"}
+    key = engine.token or _key(engine)[1]
+    return {**_allowed(given), "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
 
 
-def outgoing(options: FinalRequestOptions, *, suffix: str, timeout: Any, extra: Mapping[str, Any]) -> Any:
+def outgoing(
+    options: FinalRequestOptions, *, engine: EngineSpec, suffix: str, timeout: Any, extra: Mapping[str, Any]
+) -> Any:
     """Return the request as an engine gets it; the caller's own options are not touched."""
     sent = model_copy(options)
     sent.url = suffix
@@ -149,6 +153,8 @@ def outgoing(options: FinalRequestOptions, *, suffix: str, timeout: Any, extra: 
     sent.idempotency_key = None
     given: Mapping[str, Any] = cast("Any", options.headers) if isinstance(options.headers, Mapping) else {}
     sent.headers = _allowed(given)
+    if engine.token:  # of this call, not of the client: it changes every few seconds, and connections are kept
+        sent.headers["Authorization"] = f"Bearer {engine.token}"
     sent.extra_json = {**cast("Mapping[str, Any]", options.extra_json or {}), **extra}
     return sent
 

@@ -25,6 +25,7 @@ import openai
 import openai._base_client as sdk
 from openai._models import FinalRequestOptions
 
+from maestro_agents.core import EngineSpec
 from maestro_langgraph import engines
 from maestro_langgraph.call import Call, opened
 from maestro_langgraph.refusals import httpx_of
@@ -54,11 +55,11 @@ class SdkCall(Call):
             is_async=is_async,
         )
 
-    def outgoing(self) -> Any:
+    def outgoing(self, engine: EngineSpec) -> Any:
         """The request as the granted engine gets it."""
         given = self.options.timeout
         timeout = self.sdk_client.timeout if isinstance(given, openai.NotGiven) else given
-        return engines.outgoing(self.options, suffix=self.suffix, timeout=timeout, extra=self.added())
+        return engines.outgoing(self.options, engine=engine, suffix=self.suffix, timeout=timeout, extra=self.added())
 
 
 def _begin(sdk_client: Any, options: FinalRequestOptions, *, is_async: bool) -> SdkCall | None:
@@ -86,7 +87,7 @@ def _wrap_sync(original: _Request) -> _Request:
             return original(self, cast_to, options, *args, **kwargs)
 
         def send() -> Any:
-            prepared = call.prepare(lambda engine: (engines.sync_client(engine), call.outgoing()))
+            prepared = call.prepare(lambda engine: (engines.sync_client(engine), call.outgoing(engine)))
             through, sent = prepared or (self, options)
             return original(through, cast_to, sent, *args, **kwargs)
 
@@ -103,7 +104,7 @@ def _wrap_async(original: _Request) -> _Request:
             return await original(self, cast_to, options, *args, **kwargs)
 
         async def send() -> Any:
-            prepared = call.prepare(lambda engine: (engines.async_client(engine), call.outgoing()))
+            prepared = call.prepare(lambda engine: (engines.async_client(engine), call.outgoing(engine)))
             through, sent = prepared or (self, options)
             return await original(through, cast_to, sent, *args, **kwargs)
 

@@ -69,6 +69,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     "qlm": Policy(order=baselines.qlm, place=placement.qlm),
     "lru": Policy(place=placement.lru),
     "no-colocation": Policy(place=placement.no_colocation),
+    "static": Policy(place=placement.static),
     "boost": Policy(order=baselines.boost),
     "ours-no-deadline": Policy(order=priority.without_deadline),
     "ours-no-demotion": Policy(order=priority.on_time),

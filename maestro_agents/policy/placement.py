@@ -1,11 +1,7 @@
 """Which model is awake on which GPU, with how much KV memory: pure functions from a snapshot to actions.
 
-Weights are in one of the tiers of the paper (arXiv 2606.12950: "five weight states, hierarchical LRU"), seen from one GPU:
-
-- ``gpu``: a server runs, weights and KV in HBM; it alone serves.
-- ``sleeping``: the server lives, weights in host memory (vLLM's sleep level 1); as many as host memory holds.
-- ``dropped``: the server lives, weights on the node's disk only (level 2).
-- ``disk``: no server. Bringing the model is a cold start.
+Weights are in one of the tiers of `nodes.Tier` (arXiv 2606.12950: "five weight states, hierarchical LRU"). What has none in HBM
+and is put there starts from where it is; what leaves goes to ``sleeping`` or ``dropped``.
 
 A wake takes HBM from its first second and serves from its last; KV memory is taken from, and given to, the models that are
 awake beside it. Nothing that serves is put to sleep: it gets no more stages, and sleeps once those it has are done.
@@ -20,9 +16,9 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-Tier = Literal["gpu", "sleeping", "dropped", "disk"]
+from maestro_agents.nodes import Tier
 
 HORIZON_S: Final = 30.0
 """How far ahead demand counts where nobody sleeps for it, and the waiting of a stage where its model is served."""
@@ -518,6 +514,12 @@ def lru(board: Board, now_s: float) -> list[Action]:
             _bring(gpu, victims, demand.model, actions, even=True)
     del now_s
     return actions
+
+
+def static(board: Board, now_s: float) -> list[Action]:
+    """A static partition: every model stays where the fleet file starts it, with its equal part of that GPU's KV memory."""
+    del board, now_s
+    return []
 
 
 def no_colocation(board: Board, now_s: float) -> list[Action]:

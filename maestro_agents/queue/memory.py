@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from types import CoroutineType
 from typing import Any, ParamSpec, TypeVar, cast
@@ -34,6 +34,7 @@ from maestro_agents.core import (
     kv_need_bytes,
     move,
 )
+from maestro_agents.nodes import NodeReport, Wanted
 from maestro_agents.ports import MODEL_BYTES, MODELS_KEPT, Ledger, Renewal, Reservation, Running
 
 _P = ParamSpec("_P")
@@ -64,6 +65,15 @@ class _Stage:
     ticket: Ticket
     status: Status
     grant: Grant | None = None
+
+
+@dataclass(slots=True)
+class _Wish:
+    """What is wanted of a node, as text; nothing yet where that is empty."""
+
+    version: int = 0
+    wanted: str = ""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class MemoryQueue:
@@ -97,6 +107,8 @@ class MemoryQueue:
         self._salt = secrets.token_bytes(16)
         self._models: dict[str, tuple[str, bytes]] = {}
         self._predictor_status = ""
+        self._reports: dict[str, tuple[float, str]] = {}
+        self._wanted: defaultdict[str, _Wish] = defaultdict(_Wish)
         self._wake = asyncio.Event()
 
     # -- the client's side -------------------------------------------------------------------------------------------
@@ -495,6 +507,40 @@ class MemoryQueue:
 
     async def predictor_status(self) -> str:
         return self._predictor_status
+
+    # -- the nodes' side ---------------------------------------------------------------------------------------------
+    @_alone
+    async def report(self, report: NodeReport, *, now_s: float, ttl_s: float) -> None:
+        self._reports[report.node_id] = (now_s + ttl_s, report.encode())
+        self._wake.set()
+
+    @_alone
+    async def reports(self, now_s: float) -> Sequence[NodeReport]:
+        self._reports = {node: kept for node, kept in self._reports.items() if kept[0] > now_s}
+        return [NodeReport.decode(body) for _, (_, body) in sorted(self._reports.items())]
+
+    @_alone
+    async def want(self, node_id: str, wanted: Wanted) -> bool:
+        if wanted.epoch < self._epoch:
+            return False
+        wish, body = self._wanted[node_id], wanted.encode()
+        if wish.wanted != body:
+            wish.version, wish.wanted = wish.version + 1, body
+            wish.changed.set()
+        return True
+
+    async def wanted(self, node_id: str, *, known: str, timeout_s: float) -> tuple[str, Wanted] | None:
+        wish = self._wanted[node_id]
+        if not wish.wanted or known == str(wish.version):
+            if timeout_s <= 0.0:
+                return None
+            wish.changed.clear()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await wish.changed.wait()
+            except TimeoutError:
+                return None
+        return str(wish.version), Wanted.decode(wish.wanted)
 
     async def incarnation(self) -> str:
         return "memory"

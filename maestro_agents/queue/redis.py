@@ -20,6 +20,9 @@ Keys of a pool (prefix ``maestro:{pool}:``), all under one hash tag so that Redi
     fleet           string  JSON of the engines (no keys, no secrets)
     workflows       hash    fingerprint -> static graph, JSON
     log             stream  observations ("o") and ends of runs ("r")
+    nodes           zset    nodes by the moment at which their report expires
+    reports         hash    node -> what it said last of its GPUs and engines (`nodes.NodeReport`, JSON)
+    wanted:<node>   stream  one entry: what is wanted of that node ("w": `nodes.Wanted`, JSON); its id is the version
     switch          string  what the operator allows: ``on``, ``observe`` or ``off``, then who, when, why. No key: on
     models          hash    kept: versions of trained models, the one that rules first; card:<version>: JSON;
                             file:<version>: base64
@@ -59,6 +62,7 @@ from maestro_agents.core import (
     Verdict,
 )
 from maestro_agents.errors import ConfigError, QueueUnavailable, WireError
+from maestro_agents.nodes import NodeReport, Wanted
 from maestro_agents.ports import MODEL_BYTES, MODELS_KEPT, Ledger, Renewal, Reservation, Running
 from maestro_agents.queue.memory import DEFAULT_P99_OUTPUT_TOKENS, LOG_LENGTH, RETRY_FLOOR_S
 
@@ -122,13 +126,15 @@ class RedisQueue:
             )
         except ValueError as e:
             raise ConfigError(f"redis URL {_without_password(url)!r}: {e}") from e
+        #: Node -> its last report, as it was read and as it was understood.
+        self._said: dict[str, tuple[str, NodeReport]] = {}
         self._batch: list[_Call] = []
         self._flushing: asyncio.Task[None] | None = None
         self._fixed = {
             k: self._prefix + k
             for k in (
                 "leases clients slots kv draining credits p99 epoch fence leader fleet workflows log switch salt wake"
-                " models predictor".split()
+                " models predictor nodes reports".split()
             )
         }
 
@@ -144,6 +150,9 @@ class RedisQueue:
 
     def _inbox(self, client_id: str) -> str:
         return f"{self._prefix}inbox:{client_id}"
+
+    def _wanted(self, node_id: str) -> str:
+        return f"{self._prefix}wanted:{node_id}"
 
     async def _run(self, script: str, keys: Sequence[str], *args: object) -> Any:
         """Run a script. What is asked for in the same moment leaves in one round trip, each with its own answer."""
@@ -452,7 +461,10 @@ class RedisQueue:
             ]
             dead = set(await self._redis.zrangebyscore(self._fixed["clients"], "-inf", now_s))
             if dead:
-                for model in {e.model for e in await self.fleet()}:
+                served = {e.model for e in await self.fleet()}
+                for report in await self.reports(now_s):  # stages wait for models that sleep, too
+                    served |= {e.spec.model for e in report.engines}
+                for model in served:
                     suspects += await self._waiting_of(dead, model)
         lost: list[str] = []
         for stage_id, model in suspects:
@@ -567,6 +579,40 @@ class RedisQueue:
     async def predictor_status(self) -> str:
         async with _reachable():
             return str(await self._redis.get(self._fixed["predictor"]) or "")
+
+    # -- the nodes' side ---------------------------------------------------------------------------------------------
+    async def report(self, report: NodeReport, *, now_s: float, ttl_s: float) -> None:
+        keys = self._keys("nodes", "reports", "wake")
+        await self._run("report", keys, report.node_id, now_s, now_s + ttl_s, report.encode())
+
+    async def reports(self, now_s: float) -> Sequence[NodeReport]:
+        async with _reachable():
+            nodes = sorted(await self._redis.zrangebyscore(self._fixed["nodes"], f"({_text(now_s)}", "+inf"))
+            bodies: list[str | None] = await self._redis.hmget(self._fixed["reports"], nodes) if nodes else []
+        said = self._said
+        self._said = {}
+        for node_id, body in zip(nodes, bodies, strict=True):
+            with contextlib.suppress(WireError):  # a node of another version is some other scheduler's
+                if body is not None:
+                    known = said.get(node_id)
+                    self._said[node_id] = known if known and known[0] == body else (body, NodeReport.decode(body))
+        return [report for _, report in self._said.values()]
+
+    async def want(self, node_id: str, wanted: Wanted) -> bool:
+        keys = [*self._keys("epoch"), self._wanted(node_id)]
+        return bool(await self._run("want", keys, wanted.epoch, wanted.encode()))
+
+    async def wanted(self, node_id: str, *, known: str, timeout_s: float) -> tuple[str, Wanted] | None:
+        key = self._wanted(node_id)
+        async with _reachable():
+            entries: list[tuple[str, Mapping[str, str]]] = await self._redis.xrevrange(key, count=1)
+            if timeout_s > 0.0 and (not entries or entries[0][0] == known):
+                block_ms = round(1000 * min(max(timeout_s, 0.01), BLOCK_LIMIT_S))
+                read = await self._redis.xread({key: known if entries else "0"}, block=block_ms)
+                entries = read[0][1] if read else []
+        if not entries or entries[-1][0] == known:
+            return None
+        return entries[-1][0], Wanted.decode(entries[-1][1]["w"])
 
     async def incarnation(self) -> str:
         async with _reachable():

@@ -10,31 +10,20 @@ they stay where they are.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from maestro_agents.errors import ConfigError
-from maestro_agents.policy.placement import Action, Board, Demand, GpuState, Place, Resident, Sleep, Tier, Wake
+from maestro_agents.nodes import Tier
+from maestro_agents.policy.demand import ASK_S, Demands, Use
+from maestro_agents.policy.placement import Action, Board, GpuState, Place, Resident, Sleep, Wake
 from maestro_agents.simulator.hardware import Served, SimEngine, SimFleet, SimNode
 from maestro_agents.simulator.hardware import gpus as gpu_kinds
 from maestro_agents.simulator.workload import Run, Stage, Workload
 from maestro_agents.workflow import Follows
-
-ASK_S: Final = 0.25
-"""Shortest time between two questions to the placement."""
-
-MEMORY_S: Final = 60.0
-"""Demand and use are learned over about so many seconds."""
-
-RARE: Final = 0.02
-"""Calls that are less likely are not expected."""
-
-OVERDUE_S: Final = 5.0
-"""A call that was expected and has not come counts for so long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +54,12 @@ class _Slot:
     tier: Tier = "disk"
     to: Tier = "disk"
     changed_at_s: float = -math.inf
-    used_at_s: float = -math.inf
     kv_bytes: int = 0
     wanted_bytes: int = 0
     #: What its engine was told: KV bytes that it has, and may promise; how much slower it is than alone.
     told: tuple[int, int] = (0, 0)
     slower: float = 1.0
-    running: int = 0
-    reserved_bytes: int = 0
-    #: Faded means until ``at_s``: share of time in which it served, bytes reserved.
-    busy: float = 0.0
-    usual_bytes: float = 0.0
-    at_s: float = 0.0
+    use: Use = field(default_factory=Use)
     #: Predicted ends of what it runs.
     ends_s: dict[str, float] = field(default_factory=dict[str, float])
     #: As a placement was last told of it; that stays true while it is.told_of.
@@ -91,12 +74,6 @@ class _Slot:
     @property
     def hbm_bytes(self) -> int:
         return self.served.weight_bytes + self.served.server_bytes
-
-    def fade(self, now_s: float) -> None:
-        keep = math.exp((self.at_s - now_s) / MEMORY_S)
-        self.busy = keep * self.busy + (1.0 - keep) * (self.running > 0)
-        self.usual_bytes = keep * self.usual_bytes + (1.0 - keep) * self.reserved_bytes
-        self.at_s = now_s
 
 
 @dataclass(slots=True, eq=False)
@@ -120,32 +97,6 @@ class _Node:
     ram_free_bytes: int
 
 
-@dataclass(slots=True)
-class _Demand:
-    waiting: int = 0
-    pushed_sum_s: float = 0.0
-    #: Stage -> when it was pushed, in that order.
-    pushed: dict[str, float] = field(default_factory=dict[str, float])
-    #: When the runs of those that wait are lost; and of those that are.
-    lost_at_s: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
-    late: dict[str, float] = field(default_factory=dict[str, float])
-    late_sum_s: float = 0.0
-    stages_per_s: float = 0.0
-    work: float = 0.0
-    at_s: float = 0.0
-
-    def fade(self, now_s: float) -> None:
-        keep = math.exp((self.at_s - now_s) / MEMORY_S)
-        self.stages_per_s *= keep
-        self.work *= keep
-        self.at_s = now_s
-        while self.lost_at_s and self.lost_at_s[0][0] < now_s:
-            _, stage_id = heapq.heappop(self.lost_at_s)
-            if stage_id in self.pushed and stage_id not in self.late:
-                self.late[stage_id] = self.pushed[stage_id]
-                self.late_sum_s += self.pushed[stage_id]
-
-
 class Gpus:
     """The GPUs of a fleet. ``engines``: one for every model and GPU that it fits, by number; `begin` starts some of them."""
 
@@ -154,10 +105,8 @@ class Gpus:
         self._hooks: Hooks
         self._asked_at_s = -math.inf
         self._pending = False
-        self._demands: defaultdict[str, _Demand] = defaultdict(_Demand)
+        self._demands = Demands()
         self._follows = Follows()
-        #: What running runs are expected to call, by the stage after which: (model, when, how many).
-        self._foreseen: dict[str, list[tuple[str, float, float]]] = {}
         self._gpus: dict[str, _Gpu] = {}
         self._slots: list[_Slot] = []
         nodes = {n.node_id: _Node(n, n.host_ram_bytes) for n in fleet.nodes.values()}
@@ -192,8 +141,9 @@ class Gpus:
 
     @staticmethod
     def shared(fleet: SimFleet) -> bool:
-        """Whether there is anything to place: a model that runs nowhere at the start."""
-        return bool(fleet.models.keys() - {e.spec.model for e in fleet.engines})
+        """Whether models share GPUs: one runs nowhere at the start, or several run on one GPU then."""
+        taken = [e.gpus[0] for e in fleet.engines if len(e.gpus) == 1]
+        return bool(fleet.models.keys() - {e.spec.model for e in fleet.engines}) or len(set(taken)) < len(taken)
 
     def begin(self, hooks: Hooks) -> None:
         """Have the fleet's engines awake from the start, with equal parts of the KV memory."""
@@ -218,23 +168,13 @@ class Gpus:
     # -- what the world tells ------------------------------------------------------------------------------------------
     def waits(self, stage_id: str, model: str, service_s: float, lost_at_s: float, now_s: float) -> None:
         """A stage of so many predicted seconds waits for a model; from ``lost_at_s`` on its run cannot meet its deadline."""
-        d = self._demands[model]
-        d.waiting += 1
-        d.pushed_sum_s += now_s
-        d.pushed[stage_id] = now_s
-        if lost_at_s < math.inf:
-            heapq.heappush(d.lost_at_s, (lost_at_s, stage_id))
-        d.fade(now_s)
-        d.stages_per_s += 1.0 / MEMORY_S
-        d.work += service_s / MEMORY_S
+        self._demands.waits(stage_id, model, now_s, lost_at_s)
+        self._demands.comes(model, service_s, now_s)
         self.want(now_s)
 
     def leaves(self, stage_id: str, model: str) -> None:
         """It waits no more."""
-        d = self._demands[model]
-        d.waiting -= 1
-        d.pushed_sum_s -= d.pushed.pop(stage_id)
-        d.late_sum_s -= d.late.pop(stage_id, 0.0)
+        self._demands.leaves(stage_id, model)
 
     def serves(self, number: int, stage_id: str, ends_at_s: float) -> None:
         """An engine got a stage."""
@@ -243,13 +183,12 @@ class Gpus:
     def load(self, number: int, running: int, reserved_bytes: int, now_s: float) -> None:
         """What is reserved on an engine has changed."""
         slot = self._slots[number]
-        slot.fade(now_s)
-        slot.used_at_s = now_s
-        was, slot.running, slot.reserved_bytes = slot.running, running, reserved_bytes
+        was = slot.use.running
+        slot.use.becomes(running, reserved_bytes, now_s)
         if (was > 0) != (running > 0):
             slot.gpu.serving += 1 if running else -1
             for other in slot.gpu.slots.values():
-                if other.running and other.slower != slot.gpu.serving:
+                if other.use.running and other.slower != slot.gpu.serving:
                     other.slower = float(slot.gpu.serving)
                     self._hooks.slow(other.number, other.slower)
 
@@ -261,7 +200,7 @@ class Gpus:
         if number >= 0:
             slot = self._slots[number]
             slot.ends_s.pop(f"{run.run_id}.{n}", None)
-            if slot.to != "gpu" == slot.tier and not slot.running:
+            if slot.to != "gpu" == slot.tier and not slot.use.running:
                 self._fall_asleep(slot, now_s)
             elif slot.kv_bytes > slot.wanted_bytes:
                 self._settle(slot.gpu)
@@ -271,20 +210,18 @@ class Gpus:
         """After this stage, which ends then, its run is expected to call what was seen to follow such a stage."""
         stage = run.stages[n]
         after = self._follows.after(run.app, stage.role, stage.visit)
-        found = [(f.model, ends_at_s + f.gap_s, f.expected) for f in after if f.expected > RARE]
-        if found:
-            self._foreseen[f"{run.run_id}.{n}"] = found
+        self._demands.expect(f"{run.run_id}.{n}", after, ends_at_s)
 
     def followed(self, run: Run, before: int, stage: Stage) -> None:
         """The end of a stage has led to another one, which is ready now."""
         led = run.stages[before]
         self._follows.followed(run.app, led.role, led.visit, stage.model, stage.gap_s)
-        self._foreseen.pop(f"{run.run_id}.{before}", None)
+        self._demands.followed(f"{run.run_id}.{before}")
 
     def run_ended(self, run: Run) -> None:
         """Nothing follows any more."""
         for n in range(len(run.stages)):
-            self._foreseen.pop(f"{run.run_id}.{n}", None)
+            self._demands.followed(f"{run.run_id}.{n}")
 
     def want(self, now_s: float) -> None:
         """Ask the placement, not too soon after the last time."""
@@ -296,29 +233,6 @@ class Gpus:
     # -- the placement -------------------------------------------------------------------------------------------------
     def board(self, now_s: float) -> Board:
         """What a placement is told."""
-        foreseen: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-        for key, each in list(self._foreseen.items()):
-            soon = [(model, max(0.0, at_s - now_s), n) for model, at_s, n in each if at_s >= now_s - OVERDUE_S]
-            for model, in_s, n in soon:
-                foreseen[model].append((in_s, n))
-            if not soon:
-                del self._foreseen[key]
-        demands: dict[str, Demand] = {}
-        for model in dict.fromkeys((*self._demands, *foreseen)):
-            d = self._demands[model]
-            d.fade(now_s)
-            demands[model] = Demand(
-                model=model,
-                waiting=d.waiting,
-                waited_s=d.waiting * now_s - d.pushed_sum_s if d.waiting else 0.0,
-                late=len(d.late),
-                late_waited_s=len(d.late) * now_s - d.late_sum_s if d.late else 0.0,
-                oldest_at_s=next(iter(d.pushed.values()), math.inf),
-                due_at_s=self._hooks.due_at_s(model) if d.waiting else math.inf,
-                stages_per_s=d.stages_per_s,
-                work=d.work,
-                foreseen=foreseen.get(model, ()),
-            )
         gpus = [
             GpuState(
                 gpu_id=gpu.gpu_id,
@@ -330,7 +244,7 @@ class Gpus:
             for gpu in self._gpus.values()
             if gpu.alive
         ]
-        return Board(gpus=gpus, demands=demands)
+        return Board(gpus=gpus, demands=self._demands.of(now_s, self._hooks.due_at_s))
 
     def _resident(self, s: _Slot, now_s: float) -> Resident:
         asleep = s.tier == s.to != "gpu"
@@ -339,7 +253,7 @@ class Gpus:
             return told
         tiers = s.served.tiers
         if not asleep:
-            s.fade(now_s)
+            s.use.fade(now_s)
         s.told_of = Resident(
             model=s.sim.spec.model,
             tier=s.tier,
@@ -348,13 +262,13 @@ class Gpus:
             ram_bytes=s.served.weight_bytes,
             kv_floor_bytes=s.floor_bytes,
             kv_bytes=s.kv_bytes,
-            reserved_bytes=s.reserved_bytes,
-            usual_bytes=s.usual_bytes,
-            running=s.running,
-            busy=0.0 if asleep else s.busy,
-            used_at_s=s.used_at_s,
+            reserved_bytes=s.use.reserved_bytes,
+            usual_bytes=s.use.usual_bytes,
+            running=s.use.running,
+            busy=0.0 if asleep else s.use.busy,
+            used_at_s=s.use.used_at_s,
             changed_at_s=s.changed_at_s,
-            drain_s=max((e - now_s for e in s.ends_s.values()), default=0.0) if s.running else 0.0,
+            drain_s=max((e - now_s for e in s.ends_s.values()), default=0.0) if s.use.running else 0.0,
             wake_s=self._wake_s(s),
             sleep_s=(tiers.to_sleeping_s, tiers.from_sleeping_s),
             drop_s=(tiers.discard_s, tiers.reload_s),
@@ -377,8 +291,7 @@ class Gpus:
                 self._settle(gpu)
         for action in self._place(self.board(now_s), now_s):
             self._do(action, now_s)
-        waiting = any(d.waiting for d in self._demands.values())
-        if waiting or self._foreseen or any(g.promised for g in self._gpus.values()):
+        if self._demands.wanted or any(g.promised for g in self._gpus.values()):
             self.want(now_s)
 
     def _do(self, action: Action, now_s: float) -> None:
@@ -392,7 +305,7 @@ class Gpus:
                 slot.to = action.to
                 slot.wanted_bytes = slot.floor_bytes
                 self._hooks.stop(slot.number)
-                if not slot.running:
+                if not slot.use.running:
                     self._fall_asleep(slot, now_s)
         elif slot.to == "gpu":
             slot.wanted_bytes = max(slot.floor_bytes, action.kv_bytes)
@@ -449,7 +362,7 @@ class Gpus:
         """Bring KV memory to what the placement wants, as far as it is not reserved or not free yet."""
         here = [s for s in gpu.slots.values() if s.kv_bytes]
         for s in here:
-            s.kv_bytes = min(s.kv_bytes, max(s.wanted_bytes, s.floor_bytes, s.reserved_bytes))
+            s.kv_bytes = min(s.kv_bytes, max(s.wanted_bytes, s.floor_bytes, s.use.reserved_bytes))
         for s in here:
             if not gpu.promised and s.kv_bytes < s.wanted_bytes:
                 s.kv_bytes += max(0, min(s.wanted_bytes - s.kv_bytes, gpu.free_bytes))
@@ -465,8 +378,8 @@ class Gpus:
             if slot.sim.spec.cluster == cluster:
                 slot.life += 1
                 slot.tier = slot.to = "disk"
-                slot.kv_bytes = slot.wanted_bytes = slot.running = slot.reserved_bytes = 0
-                slot.busy = slot.usual_bytes = 0.0
+                slot.kv_bytes = slot.wanted_bytes = slot.use.running = slot.use.reserved_bytes = 0
+                slot.use.busy = slot.use.usual_bytes = 0.0
                 slot.ends_s = {}
                 slot.gpu.alive, slot.gpu.serving, slot.gpu.promised = False, 0, ""
                 slot.gpu.node.ram_free_bytes = slot.gpu.node.sim.host_ram_bytes
