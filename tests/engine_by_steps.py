@@ -158,6 +158,7 @@ class EngineBySteps:
     def _begin_step(self) -> None:
         """Decide the next batch at ``_now_s``."""
         budget = self.profile.step_tokens
+        starting = 0
         plan: dict[str, tuple[_Live, int]] = {}
         preempted = False
         for live in list(self._running):
@@ -187,6 +188,7 @@ class EngineBySteps:
             if live.started_at_s == math.inf:
                 live.started_at_s = self._now_s
                 live.cached = live.computed
+                starting += 1
             n = min(live.known - live.computed, budget)
             self._hold(live, live.computed + n)
             self._grow(live, live.computed + n)
@@ -205,6 +207,7 @@ class EngineBySteps:
             + prefill * p.prefill_s_per_token
             + len(decoding) * p.decode_s_per_seq
             + sum(live.computed + 1 for live in decoding) * p.kv_read_s_per_token
+            + starting * p.request_s
         )
 
     def _end_step(self) -> None:

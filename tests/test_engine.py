@@ -234,6 +234,7 @@ def test_the_cpu_profile_resembles_what_was_measured(streams, measured):
         {"base_s": 0.0},
         {"prefill_s_per_token": -1.0},
         {"kv_read_s_per_token": -1.0},
+        {"request_s": -1.0},
         {"num_blocks": 9},
         {"max_num_seqs": 0},
         {"step_tokens": 2},
@@ -285,6 +286,7 @@ EXACT_PROFILES = st.builds(
     scheduling=st.sampled_from(Scheduling),
     max_queued=st.sampled_from([None, 5]),
     kv_read_s_per_token=st.sampled_from([2**-14, 0.0]),
+    request_s=st.sampled_from([0.0, 2**-8]),
     max_num_seqs=st.sampled_from([4, 8, 1]),
     step_tokens=st.sampled_from([8, 30]),
     num_blocks=st.sampled_from([10, 14, 40]),
@@ -443,6 +445,19 @@ def test_reading_the_kv_costs_time_that_grows_with_every_token():
     (record,) = drain(engine)
     read_s = 0.001 * sum(8 + n for n in (1, 2, 3, 4))
     assert record.generation_s == pytest.approx(4 * (SMALL.base_s + SMALL.decode_s_per_seq) + read_s)
+
+
+def test_a_request_costs_its_own_seconds_once_in_the_step_in_which_it_starts():
+    """Each of two requests makes the step that first computes for it request_s longer, and no other."""
+    engine = Engine(dataclasses.replace(SMALL, request_s=0.5, step_tokens=8))
+    for name in ("a", "b"):
+        engine.submit(request(name, prompt=6, output=2), 0.0)
+    a, b = drain(engine)
+    plain_s = SMALL.base_s + 6 * SMALL.prefill_s_per_token
+    assert a.first_token_at_s == pytest.approx(plain_s + 0.5)
+    # Then b starts beside a's decode; neither pays again.
+    assert b.first_token_at_s == pytest.approx(a.first_token_at_s + plain_s + SMALL.decode_s_per_seq + 0.5)
+    assert b.ended_at_s == pytest.approx(b.first_token_at_s + SMALL.base_s + SMALL.decode_s_per_seq)
 
 
 # -- prefixes ---------------------------------------------------------------------------------------------------------

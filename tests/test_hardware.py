@@ -292,7 +292,8 @@ def test_a_wrong_fleet_is_told_where_and_what(text: str, says: str, tmp_path: Pa
     assert complaint(text, tmp_path).startswith(says)
 
 
-def test_a_live_command_refuses_a_simulated_fleet() -> None:
-    """`maestro up` on a file of emulated GPUs says what the file is for."""
-    with pytest.raises(ConfigError, match=r"toml:5: \[\[gpu\]\] is for the simulator"):
-        load_fleet(DEPLOY / "fleet.sim-4xa100.toml")
+def test_a_fleet_of_gpus_is_live_too() -> None:
+    """To `maestro up` a file of GPUs says which nodes there are; its engines are known once these run."""
+    fleet = load_fleet(DEPLOY / "fleet.sim-4xa100.toml")
+    assert fleet.engines == ()
+    assert fleet.nodes == tuple(load_sim_fleet(DEPLOY / "fleet.sim-4xa100.toml").nodes)

@@ -10,8 +10,8 @@ The rules, in the order in which a step applies them:
    blocks for all their tokens so far are free. Order: (priority, arrival, id), lower first; under FCFS by submission.
    What the KV blocks still hold of a prompt (`EngineRequest.prefix`, `prefix_cache`) is not computed again.
 4. The step takes ``base_s + prefill tokens x prefill_s_per_token + decoding requests x decode_s_per_seq + tokens in
-   the KV of the decoding requests x kv_read_s_per_token``. At its end every request whose tokens are all computed has
-   one token more.
+   the KV of the decoding requests x kv_read_s_per_token + requests that start in it x request_s``. At its end every
+   request whose tokens are all computed has one token more.
 
 A high-priority arrival never displaces a running request while KV blocks suffice: so does vLLM.
 
@@ -27,7 +27,7 @@ import dataclasses
 import enum
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -53,6 +53,9 @@ class EngineProfile:
     #: Seconds that each token in a decoding request's KV adds to a step: decode attention reads all of it, and is bound
     #: by memory (Sarathi-Serve, arXiv 2403.02310, section 3; Vidur, arXiv 2405.05465, predicts it from the same sum).
     kv_read_s_per_token: float = 0.0
+    #: Seconds that a request adds to the step in which it starts: what the server does for it (HTTP, tokens, scheduling)
+    #: where that takes the model's time, as on a CPU that both share.
+    request_s: float = 0.0
     #: Requests in a batch (vLLM ``--max-num-seqs``).
     max_num_seqs: int = 64
     #: Tokens in a step (vLLM ``--max-num-batched-tokens``).
@@ -67,7 +70,7 @@ class EngineProfile:
     max_queued: int | None = None
 
     def __post_init__(self) -> None:
-        shares_s = (self.prefill_s_per_token, self.decode_s_per_seq, self.kv_read_s_per_token)
+        shares_s = (self.prefill_s_per_token, self.decode_s_per_seq, self.kv_read_s_per_token, self.request_s)
         if self.base_s <= 0 or min(shares_s) < 0:
             raise ValueError("an engine profile: base_s must be positive, other durations must not be negative")
         if min(self.max_num_seqs, self.step_tokens, self.block_size, self.num_blocks, self.max_model_len) < 1:
@@ -94,6 +97,7 @@ class EngineProfile:
             prefill_s_per_token=self.prefill_s_per_token / speed,
             decode_s_per_seq=self.decode_s_per_seq / speed,
             kv_read_s_per_token=self.kv_read_s_per_token / speed,
+            request_s=self.request_s / speed,
         )
 
 
@@ -202,17 +206,26 @@ class _Live:
     preemptions: int = 0
 
 
+MoreBlocks = Callable[[int, int], int]
+"""Asked where KV blocks run short: (how many would do without forgetting prefixes, how many are missing even so) -> how many
+there are from now on besides. It must not call the engine that asks."""
+
+
 class Engine:
     """The model. Time only moves forward: a ``now_s`` before the last one counts as the last one.
 
     Calls between two `step`s may come at any moments; a late `step` gives what the punctual ones would have given. What
     can be seen is as of the last call.
+
+    ``more``: where further KV blocks come from, for an engine whose blocks are not all its own from the start.
     """
 
-    def __init__(self, profile: EngineProfile) -> None:
+    def __init__(self, profile: EngineProfile, *, more: MoreBlocks | None = None) -> None:
         self.profile = profile
         self.preemptions = 0
         self.num_blocks = profile.num_blocks
+        self._more = more
+        self._admits = self._runs = True
         self._slower = 1.0
         self._cache = PrefixCache(profile.block_size)
         self._now_s = -math.inf
@@ -249,6 +262,8 @@ class Engine:
         self._over_at_s = math.inf
         #: Who computes how many tokens of a prompt in it: a plan with any has one step.
         self._prefill: list[tuple[_Live, int]] = []
+        #: How many requests start in it.
+        self._starting = 0
 
     # -- what can be seen --------------------------------------------------------------------------------------------
     @property
@@ -276,6 +291,16 @@ class Engine:
     def free_blocks(self) -> int:
         """KV blocks of no running request; those that hold a prefix for later count as free."""
         return max(self._free, 0)
+
+    @property
+    def used_blocks(self) -> int:
+        """KV blocks of running requests; more than `num_blocks` where `resize` took some of theirs."""
+        return self.num_blocks - self._free
+
+    @property
+    def kept_blocks(self) -> int:
+        """Free KV blocks that hold a prefix for later."""
+        return self._cache.blocks
 
     @property
     def kv_usage(self) -> float:
@@ -349,6 +374,43 @@ class Engine:
         self._advance(now_s)
         self._take(self.num_blocks - num_blocks)
         self.num_blocks = num_blocks
+        self._cut()
+
+    def give_back(self, blocks: int, now_s: float) -> int:
+        """Have up to so many KV blocks less, of those that no request uses; return how many."""
+        self._advance(now_s)
+        given = min(blocks, self.free_blocks)
+        self._take(given)
+        self.num_blocks -= given
+        self._cut()
+        return given
+
+    def look_again(self, now_s: float) -> None:
+        """There may be more KV blocks than it was told when it asked: who waits for some asks again."""
+        self._advance(now_s)
+        self._cut()
+
+    def pause(self, now_s: float, *, frozen: bool) -> None:
+        """Admit nobody until `resume`; ``frozen``: once the step in progress is over, let nobody run either."""
+        self._advance(now_s)
+        self._admits, self._runs = False, not frozen
+        self._cut()
+
+    def resume(self, now_s: float) -> None:
+        """Go on after a `pause`."""
+        self._advance(now_s)
+        self._admits = self._runs = True
+        if self._length:
+            self._cut()
+        else:
+            self._plan()
+
+    def drop_kv(self, now_s: float) -> None:
+        """All KV is lost (vLLM's ``/sleep``): who runs is preempted, and prefixes are forgotten."""
+        self._advance(now_s)
+        for live in list(self._running.values()):
+            self._preempt(live, self._blocks_of(live))
+        self._cache.shrink(0)
         self._cut()
 
     def slow(self, factor: float, now_s: float) -> None:
@@ -447,16 +509,21 @@ class Engine:
     # -- a step ------------------------------------------------------------------------------------------------------
     def _plan(self) -> None:
         """Decide the next steps at ``_now_s``: one, or more where they are alike."""
+        if not self._runs:
+            self._length = self._done = 0
+            self._over_at_s = math.inf
+            return
         p = self.profile
         last = self._prefill[-1][0] if self._prefill else None
         self._prefill = []
+        self._starting = 0
         partial = last if last is not None and last.admitted and last.since is None else None
         n = grown = 0
         if partial is not None:
             n = min(self._left(partial), p.step_tokens - self._decoding)
             grown = self._blocks(partial.computed + n) - partial.blocks
         wanted = self._growing[self._steps % p.block_size] + grown
-        preempted = wanted > self.free_blocks
+        preempted = not self._has(wanted)
         if preempted:
             n = self._squeeze()
         else:
@@ -466,7 +533,8 @@ class Engine:
         if n and partial is not None:
             self._compute(partial, n)
         budget = p.step_tokens - self._decoding - n
-        while not preempted and self._waiting and budget > 0 and self._fits(live := self._waiting[0][1]):
+        admits = self._admits and not preempted
+        while admits and self._waiting and budget > 0 and self._fits(live := self._waiting[0][1]):
             heapq.heappop(self._waiting)
             budget -= self._admit(live, budget)
 
@@ -483,6 +551,7 @@ class Engine:
             + prefill * p.prefill_s_per_token
             + decoding * p.decode_s_per_seq
             + kv_tokens * p.kv_read_s_per_token
+            + self._starting * p.request_s
         )
         self._more_s = decoding * p.kv_read_s_per_token
         if self._slower != 1.0:
@@ -542,7 +611,7 @@ class Engine:
     def _fits(self, live: _Live) -> bool:
         """Whether a waiting request could be admitted now, as far as places and blocks go."""
         places = self.profile.max_num_seqs - len(self._running)
-        return places > 0 and self._blocks(live.request.prompt_tokens + live.emitted) <= self._free
+        return places > 0 and self._has(self._blocks(live.request.prompt_tokens + live.emitted))
 
     def _admit(self, live: _Live, budget: int) -> int:
         """Let a waiting request run; return how much of the step's budget it takes."""
@@ -556,6 +625,7 @@ class Engine:
         if live.started_at_s == math.inf:
             live.started_at_s = self._now_s
             live.cached = live.computed
+            self._starting += 1
         n = min(known - live.computed, budget)
         self._compute(live, n)  # before blocks are taken, lest those that it hit are
         live.blocks = self._blocks(live.computed + n)
@@ -666,6 +736,14 @@ class Engine:
     def _blocks_of(self, live: _Live, *, before: int = 0) -> int:
         """Blocks of a running request in the step in progress; of one that decodes, ``before=1``: in the one before."""
         return live.blocks if live.since is None else self._blocks(self._known(live) - before)
+
+    def _has(self, blocks: int) -> bool:
+        """Whether so many blocks are free, or can be had."""
+        if self._more is not None and blocks > self._free - self._cache.blocks:
+            more = self._more(blocks - self._free + self._cache.blocks, max(0, blocks - self._free))
+            self.num_blocks += more
+            self._free += more
+        return blocks <= self.free_blocks
 
     def _take(self, blocks: int) -> None:
         """Have fewer free blocks, or more; of prefixes no more is kept than they hold."""

@@ -28,8 +28,9 @@ from typing import Any, Final, Literal
 
 from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError
-from maestro_agents.fleet import GpuTable, ModelTable, SimTables, load_tables
+from maestro_agents.fleet import FleetTables, GpuPlace, GpuTable, ModelTable, load_tables
 from maestro_agents.predict.memory import BLOCK_TOKENS, KvShape
+from maestro_agents.simulator.calibration import read_calibration
 from maestro_agents.simulator.engine import PROFILES, Engine, EngineProfile, EngineRequest
 from maestro_agents.tomlfile import Place
 
@@ -171,6 +172,11 @@ def published(kind: Literal["step", "run"]) -> Sequence[Mapping[str, Any]]:
     return _data("published")[kind]
 
 
+def server_bytes() -> int:
+    """What a vLLM server takes of each of its GPUs besides weights and KV."""
+    return int(_data("gpus")["memory"]["engine_bytes"])
+
+
 # -- the formula -------------------------------------------------------------------------------------------------------
 def serve(
     model: Model, gpu: Gpu, *, tensor_parallel: int = 0, kv_bytes: int | None = None, slots: int = SLOTS
@@ -182,9 +188,8 @@ def serve(
     """
     tp = tensor_parallel or needed_tensor_parallel(model, gpu)
     weight_bytes = -(-model.weight_bytes // tp)
-    server_bytes = int(_data("gpus")["memory"]["engine_bytes"])
     shape = model.kv(tp)
-    left = gpu.usable_bytes - weight_bytes - server_bytes
+    left = gpu.usable_bytes - weight_bytes - server_bytes()
     kv_bytes = left if kv_bytes is None else kv_bytes
     blocks = kv_bytes // (BLOCK_TOKENS * shape.bytes_per_token)
     if kv_bytes > left or blocks < 1:
@@ -199,7 +204,7 @@ def serve(
         gpu=gpu,
         tensor_parallel=tp,
         weight_bytes=weight_bytes,
-        server_bytes=server_bytes,
+        server_bytes=server_bytes(),
         kv_bytes=blocks * BLOCK_TOKENS * shape.bytes_per_token,
         profile=_profile(model, gpu, tp, blocks, slots),
         tiers=tiers(model, gpu, tp),
@@ -211,9 +216,8 @@ def serve(
 
 def needed_tensor_parallel(model: Model, gpu: Gpu) -> int:
     """As few GPUs as leave a tenth of their memory for KV. Raises `ConfigError` where eight are too few."""
-    server_bytes = _data("gpus")["memory"]["engine_bytes"]
     for tp in (1, 2, 4, 8):
-        left = gpu.usable_bytes - model.weight_bytes / tp - server_bytes
+        left = gpu.usable_bytes - model.weight_bytes / tp - server_bytes()
         if left >= _LEAST_KV * gpu.hbm_mib * 2**20:
             return tp
     raise ConfigError(f"{model.profile} ({model.weight_bytes / 1e9:.0f} GB) does not fit eight {gpu.kind}: larger GPUs")
@@ -238,10 +242,13 @@ def _profile(model: Model, gpu: Gpu, tp: int, blocks: int, slots: int) -> Engine
 
 
 def named_profile(name: str) -> EngineProfile:
-    """By the name that a fleet file or a command line uses: ``cpu-tiny``, ``gpu``, or ``MODEL@GPU`` as in the data files.
+    """By the name that a fleet file or a command line uses: ``cpu-tiny``, ``gpu``, ``MODEL@GPU`` as in the data files, or a
+    file that `maestro calibrate` wrote (it ends in ``.toml``).
 
     Raises `ConfigError` where there is none.
     """
+    if name.endswith(".toml"):
+        return read_calibration(Path(name)).profile
     if name in PROFILES:
         return PROFILES[name]
     model, _, gpu = name.partition("@")
@@ -364,10 +371,16 @@ class SimModel:
     slots: int = SLOTS
     #: 0: as few GPUs as leave a tenth of their memory for KV.
     tensor_parallel: int = 0
+    #: Longest prompt + output, where its owner bounds it; 0: as long as the model can.
+    max_model_len: int = 0
 
     def on(self, gpu: Gpu, kv_bytes: int | None = None) -> Served:
         """On GPUs of a kind, with so much KV memory on each. Raises `ConfigError` where it does not fit."""
-        return serve(self.model, gpu, tensor_parallel=self.tensor_parallel, kv_bytes=kv_bytes, slots=self.slots)
+        served = serve(self.model, gpu, tensor_parallel=self.tensor_parallel, kv_bytes=kv_bytes, slots=self.slots)
+        if not self.max_model_len:
+            return served
+        length = min(self.max_model_len, served.profile.max_model_len)
+        return dataclasses.replace(served, profile=dataclasses.replace(served.profile, max_model_len=length))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -409,7 +422,7 @@ def load_sim_fleet(path: str | Path) -> SimFleet:
     return _of_engines(tables, clusters)
 
 
-def _of_engines(tables: SimTables, clusters: Mapping[str, SimCluster]) -> SimFleet:
+def _of_engines(tables: FleetTables, clusters: Mapping[str, SimCluster]) -> SimFleet:
     """A live fleet: what its engines are is known where they are emulated."""
     nodes: dict[str, SimNode] = {}
     found: dict[str, SimGpu] = {}
@@ -447,12 +460,11 @@ def _of_engines(tables: SimTables, clusters: Mapping[str, SimCluster]) -> SimFle
     return SimFleet(pool=tables.live.pool, clusters=clusters, nodes=nodes, gpus=found, engines=tuple(engines))
 
 
-def _of_gpus(tables: SimTables, clusters: Mapping[str, SimCluster]) -> SimFleet:
-    known = _models(tables)
+def _of_gpus(tables: FleetTables, clusters: Mapping[str, SimCluster]) -> SimFleet:
+    known = sim_models(tables)
     nodes: dict[str, SimNode] = {}
     found: dict[str, SimGpu] = {}
     engines: list[SimEngine] = []
-    numbers = dict.fromkeys(clusters, 0)
     for n, table in enumerate(tables.gpus):
         if table.kind not in gpus():
             raise tables.file.error(("gpu", n, "kind"), f"unknown GPU {table.kind!r}: known are {', '.join(gpus())}")
@@ -464,11 +476,10 @@ def _of_gpus(tables: SimTables, clusters: Mapping[str, SimCluster]) -> SimFleet:
                     ("gpu", n, "models"),
                     f"unknown model {name!r}: add [[model]] with name = {name!r} and a profile, or name one of {', '.join(models())}",
                 )
-        for _ in range(table.nodes):
-            node = _node(table, f"{table.cluster}.{numbers[table.cluster]}")
-            numbers[table.cluster] += 1
+        for place in (p for p in tables.places if p.table == n):
+            node = _node(table, place, nodes.get(place.node_id))
             nodes[node.node_id] = node
-            for gpu_id in node.gpus:
+            for gpu_id in place.gpus:
                 found[gpu_id] = SimGpu(
                     gpu_id=gpu_id,
                     node_id=node.node_id,
@@ -477,7 +488,7 @@ def _of_gpus(tables: SimTables, clusters: Mapping[str, SimCluster]) -> SimFleet:
                     usable_bytes=gpus()[table.kind].usable_bytes,
                 )
             try:
-                engines += _at_start(table, node, known, clusters[table.cluster].rtt_s)
+                engines += _at_start(table, place.gpus, known, clusters[table.cluster].rtt_s)
             except ConfigError as e:
                 raise tables.file.error(("gpu", n, "models"), str(e)) from None
     for n, described in enumerate(tables.models):
@@ -498,14 +509,14 @@ def _fits(model: SimModel, gpu: Gpu, count: int) -> bool:
         return False
 
 
-def _models(tables: SimTables) -> dict[str, SimModel]:
-    """Those that the file describes, and those that it uses by their profile's name."""
+def sim_models(tables: FleetTables) -> dict[str, SimModel]:
+    """The models that a file describes, and those that it uses by their profile's name. Raises `ConfigError`."""
     described = list(enumerate(tables.models))
     found: dict[str, SimModel] = {}
     for n, table in described:
         if table.name in found:
             raise tables.file.error(("model", n, "name"), f"model {table.name!r} is described twice")
-        found[table.name] = _model(table, tables, n)
+        found[table.name] = sim_model(tables, n)
     for table in tables.gpus:
         for name in table.models:
             if name in models():
@@ -513,7 +524,9 @@ def _models(tables: SimTables) -> dict[str, SimModel]:
     return found
 
 
-def _model(table: ModelTable, tables: SimTables, n: int) -> SimModel:
+def sim_model(tables: FleetTables, n: int) -> SimModel:
+    """The n-th [[model]] of a file. Raises `ConfigError` where it has no profile that is known."""
+    table: ModelTable = tables.models[n]
     if table.profile not in models():
         raise tables.file.error(
             ("model", n, "profile"), f"unknown profile {table.profile!r}: known are {', '.join(models())}"
@@ -523,20 +536,27 @@ def _model(table: ModelTable, tables: SimTables, n: int) -> SimModel:
         model.kv(table.tensor_parallel or 1)
     except ConfigError as e:
         raise tables.file.error(("model", n, "tensor_parallel"), str(e)) from None
-    return SimModel(name=table.name, model=model, slots=table.slots or SLOTS, tensor_parallel=table.tensor_parallel)
-
-
-def _node(table: GpuTable, node_id: str) -> SimNode:
-    return SimNode(
-        node_id=node_id,
-        cluster=table.cluster,
-        gpus=tuple(f"{node_id}.{g}" for g in range(table.count)),
-        host_ram_bytes=int(table.host_ram_gb * 1e9),
+    return SimModel(
+        name=table.name,
+        model=model,
+        slots=table.slots or SLOTS,
+        tensor_parallel=table.tensor_parallel,
+        max_model_len=table.max_model_len,
     )
 
 
-def _at_start(table: GpuTable, node: SimNode, known: Mapping[str, SimModel], rtt_s: float) -> list[SimEngine]:
-    """The engines of one node: every model on all of its GPUs, what is left of the HBM shared equally among them as KV."""
+def _node(table: GpuTable, place: GpuPlace, before: SimNode | None) -> SimNode:
+    """A node, or what a further table adds to it."""
+    return SimNode(
+        node_id=place.node_id,
+        cluster=table.cluster,
+        gpus=(*(before.gpus if before else ()), *place.gpus),
+        host_ram_bytes=max(int(table.host_ram_gb * 1e9), before.host_ram_bytes if before else 0),
+    )
+
+
+def _at_start(table: GpuTable, gpu_ids: Sequence[str], known: Mapping[str, SimModel], rtt_s: float) -> list[SimEngine]:
+    """The engines of a table on one node: every model on all of its GPUs, what is left of the HBM shared equally among them as KV."""
     gpu = gpus()[table.kind]
     alone = [known[name].on(gpu) for name in table.models]
     taken = sum(served.weight_bytes + served.server_bytes for served in alone)
@@ -556,7 +576,7 @@ def _at_start(table: GpuTable, node: SimNode, known: Mapping[str, SimModel], rtt
             )
         there = known[name].on(gpu, left // len(alone))
         for first in range(0, table.count, tp):
-            on = node.gpus[first : first + tp]
-            spec = there.spec(f"{name}.{on[0]}", model=name, cluster=node.cluster, rtt_s=rtt_s)
+            on = tuple(gpu_ids[first : first + tp])
+            spec = there.spec(f"{name}.{on[0]}", model=name, cluster=table.cluster, rtt_s=rtt_s)
             engines.append(SimEngine(spec=spec, profile=there.profile, gpus=on, served=there))
     return engines
