@@ -18,12 +18,13 @@ from maestro_agents import policy, scheduler, workflow
 from maestro_agents.cli import COMMANDS, build_app
 from maestro_agents.core import DEFAULT_DEADLINE_S, EXTEND_TOKENS
 from maestro_agents.errors import ConfigError
-from maestro_agents.policy import priority
-from maestro_agents.predict import live, roles, trainer
+from maestro_agents.policy import ageing, priority
+from maestro_agents.predict import live, rest, roles, trainer
 from maestro_agents.predict.features import FEATURES, FEATURES_VERSION
 from maestro_agents.queue import memory
 from maestro_agents.settings import Settings
 from maestro_agents.simulator import hardware as profiles
+from maestro_serving import elastic_kv, weights
 
 DOCS: Final = Path(__file__).resolve().parent
 PART: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -69,6 +70,7 @@ def constants() -> str:
         "leases until an engine that never agrees counts as idle": (f"{scheduler.DRAIN_LEASES:g}", "`scheduler.py`"),
         "window of a role": (f"{window} completions, mixed with {mix} values of the level above", "`predict/roles.py`"),
         "finished stages kept to train on": (f"{trainer.WINDOW_ROWS:,}", "`predict/trainer.py`"),
+        "calls of runs that go on that are kept": (f"{rest.MAX_OPEN_CALLS:,}", "`predict/rest.py`"),
         "trained again when": (
             f"{live.RETRAIN_ROWS:,} stages are new and {live.RETRAIN_S / 60:g} minutes have passed",
             "`predict/live.py`",
@@ -94,6 +96,23 @@ def constants() -> str:
         "observations kept": (memory.LOG_LENGTH, "`queue/memory.py`"),
     }
     return table(("what", "value", "where"), ((k, str(v), where) for k, (v, where) in found.items()))
+
+
+def watched() -> str:
+    """The numbers of `maestro_agents.policy.ageing`."""
+    found = {
+        "a block of time, at first; at last": f"{ageing.SAMPLE_S:g} s; {ageing.LONGEST_S:g} s",
+        "blocks kept; before anything is said": f"{ageing.MOST}; {ageing.LEAST}",
+        "level of the test": f"{ageing.ALPHA:g}",
+        "confidence of the slope's interval": f"{ageing.CONFIDENCE:.0%}",
+        "least rise of the floor from third to third": f"{ageing.FLOOR_RISES:.0%} of what the slope comes to",
+        "least growth of the later half": f"{ageing.STEADY:.0%} of the earlier one's",
+        "how long a trend is believed to go on": f"{ageing.FARSIGHT:g} times the time watched",
+        "EARLY_S": f"{ageing.EARLY_S / 3600:g} h",
+        "MARGIN; MARGIN_S": f"{ageing.MARGIN:g} restarts; {ageing.MARGIN_S / 60:g} min",
+        "a restart that nobody has measured": f"{ageing.RESTART_S:g} s",
+    }
+    return table(("what", "value"), iter(found.items()))
 
 
 def commands() -> str:
@@ -289,9 +308,51 @@ def run_row(entry: Any) -> tuple[str, ...]:
     return what, f"{seen:,} tokens/s", f"{own:,.0f} tokens/s", f"{own / seen - 1:+.0%}", entry["source"]
 
 
+def levels() -> str:
+    """What a GPU does as its KV memory runs short."""
+    does = {
+        "normal": f"budgets may come to the GPU's factor times the KV memory, {elastic_kv.MAX_FACTOR:g} at most",
+        "tight": "they may come to the KV memory: nothing new is promised that is not there",
+        "paused": "and nothing new is granted on this GPU; what runs has the rest",
+        "preempting": f"and the cheapest work is preempted, until {elastic_kv.LEAVE['preempting']:.0%} are in use",
+    }
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for level, what in does.items():
+            bounds = (f"{at[level]:.0%}" if level in at else "" for at in (elastic_kv.ENTER, elastic_kv.LEAVE))
+            yield f"`{level}`", *bounds, what
+
+    return table(("level", "from", "until below", "what is done"), rows())
+
+
+def moves() -> str:
+    """What each move between tiers does (`maestro_serving.weights.DOES`)."""
+    words = {
+        "fetch": "nothing yet: bring the weights to the node yourself",
+        "read": "the files are read, which brings them into the page cache",
+        "forget": "the page cache lets go of them",
+        "start": "a server starts; it counts once it has answered a request",
+        "sleep 1": "`/sleep?level=1`: weights go to host memory",
+        "sleep 2": "`/sleep?level=2`: weights are dropped, the server lives",
+        "wake": "`/wake_up`; from level 2 in three steps; it counts once it has answered a request",
+        "stop": "the server ends; its files are brought into the page cache",
+        "stop, forget": "the server ends, and the page cache lets go of its files",
+    }
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for (was, to), does in weights.DOES.items():
+            carries = "the weights" if weights.carried(was, to, 1) else "nothing"
+            yield f"`{was}`", f"`{to}`", words[does], carries
+
+    return table(("from", "to", "what is done", "bytes moved"), rows())
+
+
 PARTS: Final = {
     "settings": settings,
+    "moves": moves,
+    "levels": levels,
     "constants": constants,
+    "ageing": watched,
     "commands": commands,
     "dependencies": dependencies,
     "features": features,

@@ -14,7 +14,8 @@ Who goes first, where to, does it fit?  `maestro_agents.policy` (priority, fairn
 It is granted an engine                 `maestro_agents.scheduler` (collect, predict, plan, grant, act, learn)
 Tokens stream                           straight from the engine to the app: no Python of ours stands between
 The completion is learned from          `maestro_agents.client` writes it, `maestro_agents.scheduler` reads it, `maestro_agents.predict` learns
-                                        (learn at once; live, trainer: a new model, published or taken back)
+                                        (learn at once; rest: what its run wrote after it; live, trainer: new models, published
+                                        or taken back)
 What would it have gained?              `maestro_agents.simulator` (recording, replay), by `maestro report`
 ====================================== =============================================================================
 

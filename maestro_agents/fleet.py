@@ -20,21 +20,30 @@
     name = "local"
     rtt_s = 0.001                             # to there and back
 
-A fleet for the simulator (`simulator.hardware.load_sim_fleet`) names GPUs instead of engines:
+A fleet that names GPUs instead of engines has its engines made of them: each model on each GPU that it fits. In the simulator
+(`simulator.hardware.load_sim_fleet`), or live by node agents (``maestro node``), which move models between memory tiers:
 
     [[gpu]]
-    kind = "a100-80g"                         # one of simulator/profiles/gpus.toml
+    kind = "a100-80g"                         # one of simulator/profiles/gpus.toml, or "cpu", or your own with memory_gb
     count = 4                                 # GPUs of a node
     nodes = 1
+    node = "n1"                               # its name; left out: CLUSTER.NUMBER. Tables of one name are one node
     cluster = "local"
     host_ram_gb = 512                         # of a node, for the weights of sleeping models
     models = ["small"]                        # that run on each of them at the start; they share its memory
+    # memory_gb = 3                           # where the kind does not say it; on "cpu" it is accounted, not physical
+    # cpu_core = 0                            # "cpu": the core that its engines run on; the next GPU has the next core
+    # kv_factor = 2                           # live: KV budgets may come to so many times what there is (docs/gpu-memory.md)
 
     [[model]]                                 # left out: `models` names profiles
     name = "small"                            # as the workload calls it
     profile = "llama-3.1-8b"                  # one of simulator/profiles/models.toml
     slots = 24                                # requests in a batch
+    max_model_len = 8192                      # left out: as long as the model can
     tensor_parallel = 1                       # left out: as many GPUs as it needs
+    [model.launch]                            # live; left out: an emulator
+    kind = "vllm"
+    model_path = "models/small"
 
 Every error is one line that begins with ``fleet.toml:LINE:`` and says what to do.
 """
@@ -77,6 +86,8 @@ class Launch:
     kv_cache_memory_bytes: int = 0
     #: Bind the server to one CPU core; None: do not.
     cpu_core: int | None = None
+    #: A server of a [[model]] that runs already, and is taken as it is.
+    url: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +99,9 @@ class Fleet:
     engines: tuple[EngineSpec, ...] = ()
     #: By engine id.
     launches: Mapping[str, Launch] = field(default_factory=dict[str, Launch])
+    #: Nodes whose agents make the engines, and the file that says of what.
+    nodes: tuple[str, ...] = ()
+    file: Path | None = None
 
     def adopt(self, urls: Mapping[str, str]) -> Fleet:
         """The same fleet with the URLs (by engine id) at which its launched engines were found to listen."""
@@ -106,20 +120,14 @@ class Fleet:
 
 
 def load_fleet(path: str | Path) -> Fleet:
-    """Read a fleet file. Raises `ConfigError`, one line, with the line of the file; also where it is for the simulator only."""
-    tables = load_tables(path)
-    if tables.gpus or tables.models:
-        table = "gpu" if tables.gpus else "model"
-        raise tables.file.error(
-            (table, 0),
-            f"[[{table}]] is for the simulator: give this file to `maestro simulate --fleet`, or name running engines "
-            "here, each an [[engine]] with id, model and url",
-        )
-    return tables.live
+    """Read a fleet file. Of [[gpu]] it says the nodes; their engines are known once these run. Raises `ConfigError`, one line,
+    with the line of the file.
+    """
+    return load_tables(path).live
 
 
-def load_tables(path: str | Path) -> SimTables:
-    """Read all tables of a fleet file, for the simulator. Raises `ConfigError`, one line, with the line of the file."""
+def load_tables(path: str | Path) -> FleetTables:
+    """Read all tables of a fleet file. Raises `ConfigError`, one line, with the line of the file."""
     if not Path(path).exists():
         raise ConfigError(
             f"{path}: there is no such file: name another, or write one with an [[engine]] (id, model, url)"
@@ -130,12 +138,11 @@ def load_tables(path: str | Path) -> SimTables:
     except ValidationError as e:
         raise _explain(e, file) from None
     if body.engine and body.gpu:
-        raise file.error(
-            ("gpu", 0), "a fleet has either [[engine]] or [[gpu]]: the simulator makes its engines of [[gpu]]"
-        )
+        raise file.error(("gpu", 0), "a fleet has either [[engine]] or [[gpu]]: engines are made of [[gpu]]")
     if not body.engine and not body.gpu:
         raise file.error((), "the fleet has no engine: add an [[engine]] with id, model and url")
     _check_clusters(body, file)
+    places = _places(body.gpu, file)
     seen: dict[str, int] = {}
     for n, engine in enumerate(body.engine):
         place: Place = ("engine", n)
@@ -155,8 +162,15 @@ def load_tables(path: str | Path) -> SimTables:
         for n, e in enumerate(body.engine)
     )
     launches = {e.id: _launch(e.launch, file) for e in body.engine if e.launch is not None}
-    live = Fleet(pool=body.pool, redis_url=body.redis and body.redis.url, engines=engines, launches=launches)
-    return SimTables(file=file, live=live, clusters=body.cluster, gpus=body.gpu, models=body.model)
+    live = Fleet(
+        pool=body.pool,
+        redis_url=body.redis and body.redis.url,
+        engines=engines,
+        launches=launches,
+        nodes=tuple(dict.fromkeys(place.node_id for place in places)),
+        file=file.path if body.gpu else None,
+    )
+    return FleetTables(file=file, live=live, clusters=body.cluster, gpus=body.gpu, models=body.model, places=places)
 
 
 def write_fleet(fleet: Fleet, path: Path) -> None:
@@ -203,14 +217,21 @@ class _Redis(_Table):
     url: Annotated[str, AfterValidator(check_redis_url)]
 
 
-class _LaunchTable(_Table):
+class _LaunchCommon(_Table):
     kind: Literal["emulator", "vllm"]
     port: int = Field(default=0, ge=0, le=65535)
     model_path: str = ""
     args: list[str] = []
-    profile: str = "cpu-tiny"
     kv_cache_memory_bytes: NonNegativeInt = 0
+
+
+class _LaunchTable(_LaunchCommon):
+    profile: str = "cpu-tiny"
     cpu_core: NonNegativeInt | None = None
+
+
+class _ModelLaunchTable(_LaunchCommon):
+    url: Annotated[str, AfterValidator(_check_engine_url)] = ""
 
 
 class _Engine(_Table):
@@ -239,23 +260,29 @@ class ClusterTable(_Table):
 
 
 class GpuTable(_Table):
-    """``[[gpu]]``: nodes with emulated GPUs of one kind."""
+    """``[[gpu]]``: nodes with GPUs of one kind."""
 
     kind: str = Field(min_length=1)
     count: PositiveInt = 1
     nodes: PositiveInt = 1
+    node: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_.-]*$")
     cluster: str = Field(default="local", min_length=1, max_length=64, pattern=_NAME)
     host_ram_gb: float = Field(default=512.0, ge=0, allow_inf_nan=False)
     models: list[str] = []
+    memory_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    kv_factor: float = Field(default=1.0, ge=1, le=3.05, allow_inf_nan=False)
+    cpu_core: NonNegativeInt | None = None
 
 
 class ModelTable(_Table):
-    """``[[model]]``: a name that a workload uses, and what it is."""
+    """``[[model]]``: a name that programs use, and what it is."""
 
     name: str = Field(min_length=1)
-    profile: str = Field(min_length=1)
+    profile: str = ""
     slots: NonNegativeInt = 0
     tensor_parallel: NonNegativeInt = 0
+    max_model_len: NonNegativeInt = 0
+    launch: _ModelLaunchTable | None = None
 
 
 class _File(_Table):
@@ -268,14 +295,38 @@ class _File(_Table):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimTables:
-    """All of a fleet file, for the simulator: ``live`` is what it says of engines."""
+class GpuPlace:
+    """GPUs of a ``[[gpu]]`` table (its number) on one node."""
+
+    table: int
+    node_id: str
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetTables:
+    """All of a fleet file: ``live`` is what it says of engines."""
 
     file: TomlFile
     live: Fleet
     clusters: Sequence[ClusterTable]
     gpus: Sequence[GpuTable]
     models: Sequence[ModelTable]
+    #: Where the GPUs are, in the order of the file.
+    places: Sequence[GpuPlace]
+
+    def launched(self, n: int) -> tuple[EngineSpec, Launch]:
+        """How the server of the n-th [[model]] is started, and the engine that it then is, for every GPU alike (it has neither
+        id nor URL yet). Raises `ConfigError` where the folder that it names holds no model.
+        """
+        table = self.models[n]
+        said = table.launch or _ModelLaunchTable(kind="emulator")
+        launch = _LaunchTable(**said.model_dump(exclude={"url"}))
+        engine = _Engine(
+            id="model", model=table.name, slots=table.slots or 16, max_model_len=table.max_model_len, launch=launch
+        )
+        found = dataclasses.replace(_launch(launch, self.file), url=said.url)
+        return _spec(engine, self.file, ("model", n)), found
 
 
 def _explain(error: ValidationError, file: TomlFile) -> ConfigError:
@@ -304,6 +355,7 @@ _KEYS: Final[Mapping[tuple[str, ...], Mapping[str, Any]]] = {
     ("cluster",): ClusterTable.model_fields,
     ("gpu",): GpuTable.model_fields,
     ("model",): ModelTable.model_fields,
+    ("model", "launch"): _ModelLaunchTable.model_fields,
 }
 
 
@@ -321,6 +373,32 @@ def _check_clusters(body: _File, file: TomlFile) -> None:
                 (*place, "cluster"),
                 f"cluster {name!r} is not described: add [[cluster]] with name = {name!r} and rtt_s",
             )
+
+
+def _places(tables: Sequence[GpuTable], file: TomlFile) -> tuple[GpuPlace, ...]:
+    """Where GPUs are: nodes without a name are numbered in their cluster, GPUs on their node."""
+    found: list[GpuPlace] = []
+    numbers: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    clusters: dict[str, str] = {}
+    for n, table in enumerate(tables):
+        if table.node and table.nodes > 1:
+            raise file.error(("gpu", n, "nodes"), f"node {table.node!r} is one node: leave nodes or node out")
+        for _ in range(table.nodes):
+            node_id = table.node
+            if not node_id:
+                node_id = f"{table.cluster}.{numbers.setdefault(table.cluster, 0)}"
+                numbers[table.cluster] += 1
+            if clusters.setdefault(node_id, table.cluster) != table.cluster:
+                raise file.error(
+                    ("gpu", n, "cluster"),
+                    f"node {node_id!r} is in cluster {clusters[node_id]!r} already: a node is in one cluster",
+                )
+            first = counts.get(node_id, 0)
+            counts[node_id] = first + table.count
+            gpus = tuple(f"{node_id}.{g}" for g in range(first, first + table.count))
+            found.append(GpuPlace(table=n, node_id=node_id, gpus=gpus))
+    return tuple(found)
 
 
 # -- from the file to the nouns ----------------------------------------------------------------------------------------
@@ -370,10 +448,15 @@ def _launch(table: _LaunchTable, file: TomlFile) -> Launch:
         port=table.port,
         model_path=str(_local(table.model_path, file) or table.model_path),
         args=tuple(table.args),
-        profile=table.profile,
+        profile=str(_beside(table.profile, file)) if table.profile.endswith(".toml") else table.profile,
         kv_cache_memory_bytes=table.kv_cache_memory_bytes,
         cpu_core=table.cpu_core,
     )
+
+
+def _beside(path: str, file: TomlFile) -> Path:
+    """A path of the fleet file is meant from the file's own folder."""
+    return (file.path.parent / Path(path).expanduser()).resolve()
 
 
 def _local(model_path: str, file: TomlFile) -> Path | None:

@@ -193,7 +193,17 @@ def test_generated_parts_are_current(page: str, generator: ModuleType) -> None:
 def test_the_generated_parts_are_there() -> None:
     """Each of the parts has a page."""
     parts = re.findall(r"<!-- generated: (\w+) -->", "".join(p.read_text() for p in PAGES.values()))
-    assert sorted(parts) == ["commands", "constants", "dependencies", "features", "hardware", "settings"]
+    assert sorted(parts) == [
+        "ageing",
+        "commands",
+        "constants",
+        "dependencies",
+        "features",
+        "hardware",
+        "levels",
+        "moves",
+        "settings",
+    ]
 
 
 def test_every_variable_has_its_line() -> None:

@@ -228,7 +228,7 @@ def test_the_ids_of_calls_change_no_answer(http):
             {"role": "tool", "tool_call_id": name, "content": "found"},
         ]
         body = chat(http, messages=messages, tools=[LOOK]).json()
-        return body["choices"][0]["message"]["content"], body["usage"]
+        return body["choices"][0]["message"]["content"], body["usage"]["total_tokens"]
 
     assert answer("chatcmpl-tool-1") == answer("another-and-much-longer-id")
 
@@ -418,6 +418,96 @@ def test_metrics_count_what_happened(http):
     after = [metric(http, n, **labels) for n in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [usage["prompt_tokens"], 9, 1]
     assert metric(http, "request_success_total", finished_reason="stop", **labels) == stopped + 1
+
+
+# -- the prefix cache, and dev mode ------------------------------------------------------------------------------------
+def test_a_conversation_finds_its_beginning_in_the_prefix_cache(http):
+    """Whole blocks of what was said before, tools and all; another salt or another beginning finds nothing."""
+    said = [{"role": "system", "content": "be brief " * 100}, {"role": "user", "content": "one " * 150}]
+    more = [*said, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three " * 150}]
+
+    def cached(messages, **body):
+        usage = chat(http, messages=messages, tools=[LOOK], **body).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert (cached(said), cached(more)) == (0, 384)
+    assert cached(more, cache_salt="mine") == 0
+    assert cached([{"role": "system", "content": "other"}, *more[1:]]) == 0
+    assert chat(http, cache_salt="").status_code == 400
+
+
+def test_a_cached_prompt_is_answered_sooner():
+    """The first token comes without the seconds of what was there."""
+    slow = dataclasses.replace(CPU_TINY, prefill_s_per_token=0.001)
+    with Emulator(EmulatorConfig(models=(EmulatedModel(name="tiny", profile=slow),))) as emulator:
+        with httpx.Client(base_url=emulator.url, trust_env=False) as client:
+            body = {"model": "tiny", "prompt": "word " * 500, "max_tokens": 2}
+            waits = [client.post("/completions", json=body).json()["metrics"] for _ in range(2)]
+    first, second = (told["time_to_first_token_ms"] for told in waits)
+    assert first == pytest.approx(503.5 + 1.4, abs=3)
+    assert second < first / 3
+
+
+def test_the_administrators_endpoints_are_there_in_dev_mode_only(http):
+    """Who did not ask for them has none: 404."""
+    for path in ("sleep", "wake_up", "pause", "resume", "abort_requests", "reset_prefix_cache", "collective_rpc"):
+        assert http.post(f"/{path}").status_code == 404
+    assert http.get("/is_sleeping").status_code == 404
+
+
+@pytest.fixture
+def admin():
+    """A client of an emulator in dev mode."""
+    config = EmulatorConfig(models=(EmulatedModel(name="slow", profile=ONE_AT_A_TIME),), dev_mode=True)
+    with (
+        Emulator(config) as emulator,
+        httpx.Client(base_url=emulator.url.removesuffix("/v1"), timeout=20, trust_env=False) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_sleep_ends_what_is_under_way_with_abort(admin, path, stream):
+    """200, what was said so far and "abort" for who ran, nothing for who waited; asleep, newcomers hang and do not show."""
+    text = "[[tokens=1500]]"
+    said = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text, "input": text}
+    body = {"max_tokens": 1500, "max_output_tokens": 1500, "stream": stream, **said}
+    with ThreadPoolExecutor(3) as threads:
+        answers = [threads.submit(admin.post, path, json=body) for _ in range(2)]
+        wait_for(lambda: metric(admin, "num_requests_waiting") == 1)
+        wait_for(lambda: metric(admin, "generation_tokens_total") > 0)
+        assert admin.post("/sleep").json() == {"status": "sleeping", "level": 1}
+        texts = sorted((a.result().text for a in answers), key=len)
+        assert [a.result().status_code for a in answers] == [200, 200]
+        late = threads.submit(admin.post, path, json={**body, "max_tokens": 3, "max_output_tokens": 3})
+        for _ in range(5):
+            assert admin.get("/health").status_code == 200
+        assert metric(admin, "num_requests_waiting") == 0
+        assert metric(admin, "engine_sleep_state", sleep_state="weights_offloaded") == 1
+        assert not late.done()
+        assert admin.post("/wake_up").json()["status"] == "awake"
+        assert late.result().status_code == 200
+    if "responses" not in path:
+        assert '"abort"' in texts[1]
+        assert ('"abort"' in texts[0]) is not stream
+    assert metric(admin, "request_success_total", finished_reason="abort") == 2
+
+
+def test_named_requests_are_aborted_and_others_go_on(admin):
+    """By the id that the caller gave or was given, with its prompt's number; without names all end."""
+    body = {"prompt": "[[tokens=1500]]", "max_tokens": 1500}
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(admin.post, "/v1/completions", json={**body, "request_id": "a"})
+        wait_for(lambda: metric(admin, "num_requests_running") == 1)
+        second = threads.submit(admin.post, "/v1/completions", json={**body, "request_id": "b"})
+        wait_for(lambda: metric(admin, "num_requests_waiting") == 1)
+        assert admin.post("/abort_requests", json={"request_ids": ["cmpl-b-0"]}).json()["aborted"] == 1
+        assert second.result().json()["choices"][0]["finish_reason"] == "abort"
+        assert not first.done()
+        assert admin.post("/abort_requests", json={}).json()["aborted"] == 1
+        assert first.result().json()["choices"][0]["finish_reason"] == "abort"
+    assert metric(admin, "request_success_total", finished_reason="abort") == 0
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
@@ -666,8 +756,8 @@ def test_a_cpu_engine_needs_its_kv_bytes_and_no_gpu():
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
         vllm_command(**common, cpu_core=0)
     with pytest.raises(ConfigError, match="not both"):
-        vllm_command(**common, cpu_core=0, gpu=0, kv_cache_memory_bytes=1)
-    on_gpu = vllm_command(**common, gpu=3, max_num_queued=7)
+        vllm_command(**common, cpu_core=0, gpus=(0,), kv_cache_memory_bytes=1)
+    on_gpu = vllm_command(**common, gpus=(3,), max_num_queued=7)
     assert on_gpu.env["CUDA_VISIBLE_DEVICES"] == "3"
     assert "--enforce-eager" not in on_gpu.argv
     assert "--max-num-queued-reqs" in on_gpu.argv

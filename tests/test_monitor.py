@@ -16,6 +16,7 @@ from rich.console import Console
 from maestro_agents.cli import monitor, snapshot
 from maestro_agents.core import EngineSpec, Grant, Observation, RunEnd, ServiceClass, Status, Ticket
 from maestro_agents.errors import ConfigError, QueueUnavailable
+from maestro_agents.nodes import EngineReport, NodeReport
 from maestro_agents.queue.embedded import EmbeddedRedis
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.queue.redis import RedisQueue
@@ -161,6 +162,48 @@ async def test_the_picture_fits_the_terminal(width, height):
         "engine-0", "m", "1/2", "████░░░░", "25%", "1.0", "GiB", "-",
     ]  # fmt: skip
     assert "2/3 (67%)" in text
+
+
+async def test_an_engine_that_ages_is_shown_with_the_evidence():
+    """Which engine, by when its memory is full, how fast it grows and how surely; as text and as JSON."""
+    queue = await busy_queue()
+    words = "host memory grows 1.02 GiB an hour (972 MiB to 1.13 GiB; p < 0.001 over 5.9 h): full in 44.3 min at the earliest"
+    engines = [
+        EngineReport(spec=spec, gpu_id="g", tier="gpu", to="gpu", ageing=said, exhausted_at_s=at_s, rejuvenation=n)
+        for spec, said, at_s, n in zip(ENGINES, ("", words), (0.0, 2_800.0), (0, 2), strict=True)
+    ]
+    await queue.report(NodeReport(node_id="n", engines=engines), now_s=100.0, ttl_s=60.0)
+    seen = await snapshot.Watch(queue, source="here", now_s=lambda: 100.0).snapshot()
+    rows = [row.rstrip() for row in text_of(seen, width=90, height=24).split("\n")]
+    assert " engine-1 ages, full in 44.3 min at the earliest, restarted 2 times" in rows
+    assert "   host memory grows 1.02 GiB an hour (972 MiB to 1.13 GiB; p < 0.001 over 5.9 h)" in rows
+    assert not any("engine-0 ages" in row for row in rows)
+    (line,) = seen.to_json()["ageing"]
+    assert line == {"engine_id": "engine-1", "words": words, "exhausted_at_s": 2_800.0, "restarts": 2}
+
+
+def test_many_ageing_engines_do_not_push_the_rest_off_the_screen():
+    """The most pressing are shown, the others counted, within the terminal's height."""
+    ageing = tuple(
+        snapshot.AgeingLine(engine_id=f"e{i}", words="it grows: full soon", exhausted_at_s=float(i), restarts=0)
+        for i in range(20)
+    )
+    engines = tuple(
+        snapshot.EngineLine(
+            engine_id=f"e{i}", model="m", slots=8, reserved_slots=8, kv_bytes=0, reserved_kv_bytes=0, draining=0
+        )
+        for i in range(40)
+    )
+    lines = tuple(
+        snapshot.Line(
+            model="m", service_class=c, waiting=0, oldest_s=0.0, running=0, wait_p50_s=math.nan, wait_p95_s=math.nan
+        )
+        for c in ServiceClass
+    )
+    seen = snapshot.Snapshot(at_s=0.0, source="here", depth={}, lines=lines, engines=engines, ageing=ageing)
+    text = text_of(seen, width=80, height=24)
+    assert len(text.rstrip("\n").split("\n")) <= 24
+    assert f"{20 - monitor.SHOWN_AGEING} more engines age" in text
 
 
 def test_what_does_not_fit_is_counted():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, ServiceClass, Status, Ticket
+from maestro_agents.nodes import NodeReport, Tier, Want, Wanted
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.queue.redis import RedisQueue
 from tests.queues import fake_redis_queue, fresh_redis_queue
@@ -145,6 +146,27 @@ class Walk(RuleBasedStateMachine):
     @rule()
     def reap(self) -> None:
         self.both("reap", now_s=self.now_s)
+
+    @rule(node=st.sampled_from(["n", "o"]), tier=st.sampled_from(["gpu", "sleeping"]), stale=st.booleans())
+    def want(self, node: str, tier: Tier, stale: bool) -> None:
+        before = self.both_wanted(node)
+        wanted = Wanted(epoch=self.epoch - stale, engines={"a": Want(tier=tier)})
+        self.both("want", node, wanted)
+        after = self.both_wanted(node)
+        assert after == (before if stale else wanted)
+
+    def both_wanted(self, node: str) -> Wanted | None:
+        found = [
+            self.loop.run_until_complete(queue.wanted(node, known="", timeout_s=0.0))
+            for queue in (self.spec, self.real)
+        ]
+        assert [f and f[1] for f in found] == [found[0] and found[0][1]] * 2
+        return found[0][1] if found[0] else None
+
+    @rule(node=st.sampled_from(["n", "o"]))
+    def report(self, node: str) -> None:
+        self.both("report", NodeReport(node_id=node, at_s=self.now_s), now_s=self.now_s, ttl_s=5.0)
+        self.both("reports", self.now_s)
 
     @rule()
     def settle_one(self) -> None:

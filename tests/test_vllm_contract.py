@@ -107,6 +107,7 @@ def real(vllm, model_path, tmp_path_factory):
             *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
         ),
     )
+    command = dataclasses.replace(command, env={**command.env, "VLLM_SERVER_DEV_MODE": "1"})
     log = tmp_path_factory.mktemp("vllm") / "engine.log"
     process = EngineProcess("real", command, url=f"http://127.0.0.1:{port}/v1", log=log)
     asyncio.run(process.start())
@@ -128,7 +129,7 @@ class Pair:
 def pair(real, model_path):
     """Clients of the real engine and of the emulator."""
     profile = dataclasses.replace(CPU_TINY, max_num_seqs=1, max_queued=MAX_QUEUED, max_model_len=MODEL_LEN)
-    with Emulator(EmulatorConfig(models=(EmulatedModel(name="tiny", profile=profile),))) as emulator:
+    with Emulator(EmulatorConfig(models=(EmulatedModel(name="tiny", profile=profile),), dev_mode=True)) as emulator:
         urls = [url.removesuffix("/v1") for url in (real.url, emulator.url)]
         with httpx.Client(base_url=urls[0], timeout=60, trust_env=False) as a:
             with httpx.Client(base_url=urls[1], timeout=60, trust_env=False) as b:
@@ -551,3 +552,249 @@ async def test_the_probe_reads_both(pair):
         assert (health.healthy, health.running, health.waiting) == (True, 0, 0)
         assert health.kv_tokens >= MODEL_LEN
     await probe.close()
+
+
+# -- the prefix cache --------------------------------------------------------------------------------------------------
+CACHED = {
+    "chat": ("/v1/chat/completions", lambda text: {"messages": [{"role": "user", "content": text}]}),
+    "completion": ("/v1/completions", lambda text: {"prompt": text}),
+    "responses": ("/v1/responses", lambda text: {"input": text}),
+}
+
+
+def cached_tokens(answer):
+    """What an answer says it found in the prefix cache."""
+    usage = answer.json()["usage"]
+    details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+    return details["cached_tokens"]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_prompt_that_was_there_is_found_again(pair, name):
+    """Whole blocks of 128 tokens, at the second time, in the answer and in the metrics; another salt finds nothing, and after a
+    reset nobody does.
+    """
+    path, said = CACHED[name]
+    text = f"{name} and again " * 150
+    found = []
+    for client in pair.clients:
+        client.post("/reset_prefix_cache")
+        before = gauge(client, "prefix_cache_hits_total"), gauge(client, "prefix_cache_queries_total")
+
+        def cached(client=client, **more):
+            return cached_tokens(client.post(path, json=body(path, **said(text), **more)))
+
+        first, second = cached(), cached()
+        other, otherwise = cached(cache_salt="mine"), cached(cache_salt="mine")
+        after = gauge(client, "prefix_cache_hits_total"), gauge(client, "prefix_cache_queries_total")
+        assert client.post("/reset_prefix_cache").json() == {"success": True}
+        assert (first, other, cached()) == (0, 0, 0)
+        assert second == otherwise >= 256
+        assert second % 128 == 0
+        assert after[0] - before[0] == 2 * second
+        assert after[1] - before[1] > 4 * second
+        found.append(client.post(path, json=body(path, **said(text), cache_salt="")))
+    assert differences(found[0].json(), found[1].json()) == []
+    assert [f.status_code for f in found] == [400, 400]
+
+
+def test_a_prompt_hits_what_it_shares_with_another_and_no_more(pair):
+    """A common beginning is found, whatever follows it; without one nothing is."""
+    for client in pair.clients:
+        client.post("/reset_prefix_cache")
+        texts = ["one two three four " * 60 + end for end in ("five " * 60, "six seven " * 60)] + ["other " * 240]
+        found = [cached_tokens(client.post("/v1/completions", json=body("/v1/completions", prompt=t))) for t in texts]
+        assert found[0] == found[2] == 0
+        assert found[1] in (128, 256)
+
+
+# -- dev mode ----------------------------------------------------------------------------------------------------------
+ADMIN = (
+    *("GET /is_sleeping", "GET /is_paused", "GET /sleep", "GET /pause"),
+    *("POST /sleep?level=5", "POST /sleep?level=x", "POST /sleep?mode=bad", "POST /pause?mode=bad"),
+    *("POST /wake_up", "POST /resume", "POST /reset_prefix_cache"),
+    *("POST /sleep?level=1", "GET /is_sleeping", "GET /is_paused", "GET /health", "GET /v1/models"),
+    *("POST /wake_up?tags=nonsense", "GET /is_sleeping", "POST /wake_up?tags=weights", "GET /is_sleeping"),
+    *("POST /wake_up?tags=weights", "POST /wake_up?tags=kv_cache", "GET /is_sleeping", "GET /is_paused"),
+    *("POST /sleep?level=2&mode=wait", "POST /sleep?level=1&mode=keep", "GET /is_sleeping"),
+    *("POST /resume", "GET /is_paused", "GET /is_sleeping"),
+    *("POST /wake_up?tags=weights&tags=kv_cache", "GET /is_sleeping"),
+    *("POST /sleep?level=0", "GET /is_sleeping", "GET /is_paused", "POST /wake_up?tags=scheduling", "GET /is_sleeping"),
+    *("POST /pause?mode=keep", "GET /is_paused", "GET /is_sleeping", "POST /wake_up", "GET /is_paused"),
+    *("POST /pause?mode=wait", "POST /pause?mode=abort&clear_cache=false", "POST /resume", "GET /is_paused"),
+    *("POST /abort_requests", "POST /abort_requests {}", "POST /abort_requests []", "POST /abort_requests {oops"),
+    'POST /abort_requests {"request_ids": ["cmpl-nobody", "cmpl-none"]}',
+    *("POST /collective_rpc", "POST /collective_rpc {}", "POST /collective_rpc []"),
+)
+"""Calls of an administrator, in order, on a server where nothing runs."""
+
+
+@pytest.fixture(autouse=True)
+def awake(pair):
+    """Both servers are awake when a test has ended, however it did."""
+    yield
+    for client in pair.clients:
+        client.post("/wake_up")
+
+
+def sleep_state(client):
+    """What the metrics say of sleep."""
+    lines = client.get("/metrics").text.splitlines()
+    return sorted(
+        (line.split('sleep_state="')[1].split('"')[0], line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith("vllm:engine_sleep_state{")
+    )
+
+
+def test_administrators_are_answered_alike(pair):
+    """Sleep, wake, pause, abort: status, answer and metrics after each call of a long row are the same."""
+    for step in ADMIN:
+        method, path, *content = step.split(" ", 2)
+        real, emulated = [c.request(method, path, content="".join(content)) for c in pair.clients]
+        assert real.status_code == emulated.status_code, step
+        assert sleep_state(pair.clients[0]) == sleep_state(pair.clients[1]), step
+        if real.status_code == 200 and real.content and path != "/v1/models":
+            assert real.json() == emulated.json(), step
+        elif real.status_code == 400:
+            a, b = real.json()["error"], emulated.json()["error"]
+            assert {k: v for k, v in a.items() if k != "message"} == {k: v for k, v in b.items() if k != "message"}, (
+                step
+            )
+    real, emulated = [families(c.get("/metrics").text)[0] for c in pair.clients]
+    assert {k for k in real if "sleep" in k} == {k for k in emulated if "sleep" in k}
+
+
+def aborted(text):
+    """What an answer that was aborted says of its end, streamed or not."""
+    if not text.startswith(("data: ", "event: ")):
+        answer = json.loads(text)
+        return [c["finish_reason"] for c in answer.get("choices", ())] or answer["status"], answer
+    found = kinds(events(text)) if "{" in text else []
+    return [kind for kind in found if kind not in ("content", "text", "role")], None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+async def test_sleep_aborts_what_is_under_way_in_the_same_way(pair, path, stream):
+    """Whoever runs has 200, what was said so far, and the end `abort`; whoever waits has nothing; nobody is left."""
+    ends = []
+    for client in pair.clients:
+        length = {"max_tokens": LONG, "min_tokens": LONG, "ignore_eos": True}
+        if "responses" in path:  # knows no least length; noise hardly ever ends by itself
+            length = {"max_output_tokens": LONG, "input": f"[[tokens={LONG}]]"}
+        content = body(path, stream=stream, **length)
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
+            tasks = []
+            for n in range(2):  # one runs, one waits
+                tasks.append(asyncio.create_task(http.post(path, json=content)))
+                await reached(lambda client=client: in_flight(client), n + 1)
+            spoken = await asyncio.to_thread(gauge, client, "generation_tokens_total")
+            while await asyncio.to_thread(gauge, client, "generation_tokens_total") < spoken + 3:
+                await asyncio.sleep(0.02)
+            counted = await asyncio.to_thread(abort_count, client)
+            slept = await http.post("/sleep?level=1&mode=abort")
+            answers = await asyncio.gather(*tasks)
+            assert gauge(client, "num_requests_running") == gauge(client, "num_requests_waiting") == 0
+            assert await asyncio.to_thread(abort_count, client) == counted + 2
+            await http.post("/wake_up")
+        assert [r.status_code for r in (slept, *answers)] == [200] * 3
+        ends.append([aborted(r.text) for r in answers])
+    for (real, whole), (emulated, other) in zip(*ends, strict=True):
+        assert real == emulated
+        assert differences(whole, other) == []
+        if whole is not None and "responses" not in path:
+            assert other["metrics"].keys() == {k for k in whole["metrics"] if k != "speculative_decoding"}
+            assert [k for k, v in other["metrics"].items() if v is None] == [
+                k for k, v in whole["metrics"].items() if v is None and k != "speculative_decoding"
+            ]
+
+
+def abort_count(client):
+    """Requests that were answered with an abort."""
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith("vllm:request_success_total{") and 'finished_reason="abort"' in line:
+            return float(line.rsplit(" ", 1)[1])
+    raise AssertionError
+
+
+@pytest.mark.parametrize("how", ["sleep?level=1&mode=keep", "sleep?level=0&mode=keep", "pause?mode=keep"])
+@pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])
+async def test_what_is_kept_is_frozen_and_goes_on(pair, which, how):
+    """Asleep, nobody gets a token, newcomers hang and do not show, health is well; awake, all are answered whole."""
+    client = pair.clients[which]
+    content = body("/v1/completions", max_tokens=200, min_tokens=200, ignore_eos=True)
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
+        tasks = []
+        for n in range(2):
+            tasks.append(asyncio.create_task(http.post("/v1/completions", json=content)))
+            await reached(lambda: in_flight(client), n + 1)
+        await reached(lambda: gauge(client, "num_requests_waiting"), 1)
+        assert (await http.post(f"/{how}")).status_code == 200
+        before = await asyncio.to_thread(gauge, client, "generation_tokens_total")
+        late = asyncio.create_task(http.post("/v1/completions", json=content))
+        # Time passes: a few requests' worth of it, in which nothing may happen.
+        for _ in range(20):
+            assert (await http.get("/health")).status_code == 200
+            await asyncio.sleep(0.02)
+        assert await asyncio.to_thread(gauge, client, "generation_tokens_total") == before
+        assert (gauge(client, "num_requests_running"), gauge(client, "num_requests_waiting")) == (1, 1)
+        assert not any(task.done() for task in (*tasks, late))
+        await http.post("/resume" if "pause" in how else "/wake_up")
+        answers = await asyncio.gather(*tasks, late)
+    assert [a.json()["usage"]["completion_tokens"] for a in answers] == [200] * 3
+    assert answers[1].json()["metrics"]["queue_time_ms"] > 300
+    await idle(client)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["vllm", "emulator"])
+async def test_sleep_waits_for_what_runs_and_holds_what_waits(pair, which):
+    """The call returns when the running request has ended; the waiting one shows as waiting, and is answered after the wake."""
+    client = pair.clients[which]
+    content = body("/v1/completions", max_tokens=100, min_tokens=100, ignore_eos=True)
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
+        tasks = []
+        for n in range(2):
+            tasks.append(asyncio.create_task(http.post("/v1/completions", json=content)))
+            await reached(lambda: in_flight(client), n + 1)
+        assert (await http.post("/sleep?level=2&mode=wait")).status_code == 200
+        assert (await tasks[0]).json()["usage"]["completion_tokens"] == 100
+        assert (gauge(client, "num_requests_running"), gauge(client, "num_requests_waiting")) == (0, 1)
+        assert not tasks[1].done()
+        assert (await http.get("/is_sleeping")).json() == {"is_sleeping": True}
+        await http.post("/wake_up")
+        assert (await tasks[1]).json()["usage"]["completion_tokens"] == 100
+    await idle(client)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/v1/completions", "cmpl-b-0"), ("/v1/chat/completions", "chatcmpl-b"), ("/v1/responses", "b_0")],
+)
+async def test_requests_are_aborted_by_their_ids(pair, path, name):
+    """Who is named ends with what it has and 200, and does not count as answered; others go on; without names all end.
+
+    A plain completion has the number of its prompt behind its id.
+    """
+    seen = []
+    for client in pair.clients:
+        length = {"max_tokens": LONG, "min_tokens": LONG, "ignore_eos": True}
+        if "responses" in path:
+            length = {"max_output_tokens": LONG, "input": f"[[tokens={LONG}]]"}
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as http:
+            tasks = []
+            for who in "abc":
+                tasks.append(asyncio.create_task(http.post(path, json={**body(path, **length), "request_id": who})))
+                await reached(lambda client=client: in_flight(client), len(tasks))
+            counted = await asyncio.to_thread(abort_count, client)
+            nobody = await http.post("/abort_requests", json={"request_ids": ["cmpl-b", "nobody"]})
+            assert in_flight(client) == 3
+            named = await http.post("/abort_requests", json={"request_ids": [name]})
+            second = await tasks[1]
+            assert not tasks[0].done()
+            everybody = await http.post("/abort_requests", json={})
+            answers = [await tasks[0], second, await tasks[2]]
+            assert await asyncio.to_thread(abort_count, client) == counted
+        await idle(client)
+        seen.append([nobody.json(), named.json(), everybody.json(), *(aborted(r.text)[0] for r in answers)])
+    assert seen[0] == seen[1]

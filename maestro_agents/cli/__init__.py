@@ -60,10 +60,22 @@ COMMANDS: Final = (
         example="maestro scheduler --redis-url redis://127.0.0.1:6379/0 --fleet fleet.toml",
     ),
     Entry(
+        name="node",
+        target="node:run",
+        summary="Run the agent of one GPU host: engines, weights in tiers, reports. --status shows them.",
+        example="maestro node --fleet serving/deploy/fleet.node-emulated.toml",
+    ),
+    Entry(
         name="emulate",
         target="serve:emulate",
         summary="Run an emulated vLLM server: same API and metrics, timing from a model, no GPU.",
         example="maestro emulate --port 8101 --model tiny",
+    ),
+    Entry(
+        name="calibrate",
+        target="calibrate:run",
+        summary="Measure a vLLM server and write its profile for the emulator; --check compares the two.",
+        example="maestro calibrate http://127.0.0.1:8000 --profile mine.toml",
     ),
     Entry(
         name="top",

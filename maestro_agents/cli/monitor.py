@@ -22,6 +22,7 @@ from rich.text import Text
 
 from maestro_agents.cli.snapshot import (
     HEADS,
+    AgeingLine,
     EngineLine,
     Entry,
     Line,
@@ -43,6 +44,10 @@ SHOWN_ID: Final = 12
 """Characters of a stage's id on the screen; the beginning of an id names it everywhere."""
 
 
+SHOWN_AGEING: Final = 3
+"""Engines whose memory grows, two lines each; the others are counted."""
+
+
 # -- the picture ---------------------------------------------------------------------------------------------------------
 def render(snapshot: Snapshot, *, height: int = 1_000) -> RenderableType:
     """A snapshot as something that rich prints. Lines that do not fit ``height`` are counted, not shown."""
@@ -58,7 +63,8 @@ def render(snapshot: Snapshot, *, height: int = 1_000) -> RenderableType:
         return Group(title, Text("no engine is known yet: is a scheduler running?", style="dim"))
     runs = _runs_table(snapshot.runs)
     # The title, three headings, two blank lines, what waits in all, and "more" below each of the two long tables.
-    room = max(4, height - 9 - max(1, len(snapshot.runs)))
+    ageing = _ageing_lines(snapshot.ageing)
+    room = max(4, height - 9 - max(1, len(snapshot.runs)) - len(ageing))
     lines = snapshot.lines
     show_lines = min(len(lines), max(room // 2, room - len(snapshot.engines)))
     show_engines = min(len(snapshot.engines), room - show_lines)
@@ -71,6 +77,7 @@ def render(snapshot: Snapshot, *, height: int = 1_000) -> RenderableType:
     parts += [Text(""), _engines_table(snapshot.engines[:show_engines])]
     if len(snapshot.engines) > show_engines:
         parts.append(Text(f" … {len(snapshot.engines) - show_engines} more engines", style="dim"))
+    parts += ageing
     return Group(*parts, Text(""), runs)
 
 
@@ -110,6 +117,19 @@ def _engines_table(engines: Sequence[EngineLine]) -> Table:
             str(e.draining) if e.draining else "-",
         )
     return table
+
+
+def _ageing_lines(ageing: Sequence[AgeingLine]) -> list[RenderableType]:
+    """Who is to be restarted by when, and below it the evidence."""
+    rows: list[RenderableType] = []
+    for line in ageing[:SHOWN_AGEING]:
+        grows, _, full = line.words.partition(": ")
+        again = f", restarted {line.restarts} times" if line.restarts else ""
+        rows.append(Text(f" {line.engine_id} ages, {full}{again}", style="yellow", overflow="ellipsis", no_wrap=True))
+        rows.append(Text(f"   {grows}", style="dim", overflow="ellipsis", no_wrap=True))
+    if len(ageing) > SHOWN_AGEING:
+        rows.append(Text(f" … {len(ageing) - SHOWN_AGEING} more engines age", style="dim"))
+    return rows
 
 
 def _runs_table(runs: Sequence[RunLine]) -> Table:

@@ -21,6 +21,7 @@ from maestro_agents.core import (
     Ticket,
 )
 from maestro_agents.errors import ConfigError, QueueUnavailable
+from maestro_agents.nodes import NodeReport
 from maestro_agents.ports import Ledger, Queue, Reservation, Running
 
 HEADS: Final = 1_000
@@ -63,6 +64,17 @@ class EngineLine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AgeingLine:
+    """An engine whose memory grows: the evidence, and when it is full at the earliest (`policy.ageing`)."""
+
+    engine_id: str
+    words: str
+    exhausted_at_s: float
+    #: Restarts on request so far.
+    restarts: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunLine:
     """The last runs of one service class that came to their end."""
 
@@ -86,6 +98,8 @@ class Snapshot:
     lines: tuple[Line, ...] = ()
     engines: tuple[EngineLine, ...] = ()
     runs: tuple[RunLine, ...] = ()
+    #: The most pressing first.
+    ageing: tuple[AgeingLine, ...] = ()
     trouble: str = ""
     #: What the pool's switch says, where that is not ``on``; empty else.
     switch: str = ""
@@ -148,6 +162,7 @@ class Watch:
                 for service_class in ServiceClass
             ),
             engines=engine_lines(specs, await queue.ledger(), await queue.draining()),
+            ageing=ageing_lines(await queue.reports(self._now_s())),
             switch=switch_line(await queue.switch()),
             runs=tuple(run_line(service_class, ended) for service_class, ended in self._runs.items() if ended),
         )
@@ -207,6 +222,17 @@ def engine_lines(
         )
         for s in sorted(specs, key=lambda s: s.engine_id)
     )
+
+
+def ageing_lines(reports: Sequence[NodeReport]) -> tuple[AgeingLine, ...]:
+    """What nodes say of engines whose memory grows without end."""
+    found = [
+        AgeingLine(engine_id=e.spec.engine_id, words=e.ageing, exhausted_at_s=e.exhausted_at_s, restarts=e.rejuvenation)
+        for report in reports
+        for e in report.engines
+        if e.ageing
+    ]
+    return tuple(sorted(found, key=lambda line: (line.exhausted_at_s, line.engine_id)))
 
 
 def run_line(service_class: ServiceClass, ended: Sequence[RunEnd] | deque[RunEnd]) -> RunLine:

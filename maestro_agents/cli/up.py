@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -28,11 +29,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from maestro_agents import guard
 from maestro_agents.cli.serve import check_policy
 from maestro_agents.core import EngineSpec
-from maestro_agents.errors import ConfigError, MaestroError, QueueUnavailable
+from maestro_agents.errors import ConfigError, EngineUnavailable, MaestroError, QueueUnavailable
 from maestro_agents.fleet import Fleet, load_fleet, write_fleet
+from maestro_agents.ports import Queue
 from maestro_agents.queue.embedded import EmbeddedRedis, ping
 from maestro_agents.settings import Settings
-from maestro_serving.processes import EngineProcess, engine_command, free_port
+from maestro_serving.node import DRAIN_S
+from maestro_serving.processes import GRACE_S, EngineProcess, engine_command, free_port
 from maestro_serving.vllm import VllmProbe
 
 FIRST_BACKOFF_S: Final = 0.5
@@ -75,6 +78,7 @@ class Stack:
         self.logs = logs or self._temporary or Path()
         self._redis = EmbeddedRedis(redis_url or fleet.redis_url, appendonly=appendonly)
         self._engines: dict[str, EngineProcess] = {}
+        self._nodes: dict[str, guard.Guarded] = {}
         self._scheduler: guard.Guarded | None = None
         self._scheduler_command: list[str] = []
         self._lock = threading.RLock()  # between a keeper that starts things again and a caller that restarts them
@@ -98,13 +102,14 @@ class Stack:
 
     @property
     def engines(self) -> tuple[EngineSpec, ...]:
-        """The fleet as it runs."""
+        """The fleet as it runs, engines of nodes aside: those come and go (`maestro node --status`)."""
         return self.fleet.running()
 
     def pids(self) -> dict[str, int]:
         """The processes that run now, by part."""
         found = {"redis": self._redis.pid or 0, "scheduler": self._scheduler.pid if self._scheduler else 0}
         found |= {f"engine {name}": engine.pid for name, engine in self._engines.items()}
+        found |= {f"node {name}": node.pid for name, node in self._nodes.items()}
         return {part: pid for part, pid in found.items() if pid}
 
     # -- start and stop ----------------------------------------------------------------------------------------------
@@ -117,6 +122,7 @@ class Stack:
                 self._start_redis()
             if engines:
                 self._call(self._start_engines())
+                self._start_nodes()
             if scheduler:
                 self.start_scheduler()
         except BaseException:
@@ -129,13 +135,15 @@ class Stack:
         if pool is not None:
             self.fleet = dataclasses.replace(self.fleet, pool=pool)
         self.policy = policy or self.policy
-        fleet_file = self.logs / "fleet.toml"
-        write_fleet(dataclasses.replace(self.fleet, redis_url=None), fleet_file)
+        fleet_file = self.fleet.file
+        if fleet_file is None:
+            fleet_file = self.logs / "fleet.toml"
+            write_fleet(dataclasses.replace(self.fleet, redis_url=None), fleet_file)
         with self._lock:
             first, previous = self._scheduler is None, self._scheduler
             self._scheduler_command = [
                 *(sys.executable, "-m", "maestro_agents.cli", "scheduler", "--redis-url", self.redis_url),
-                *("--fleet", str(fleet_file), "--policy", self.policy),
+                *("--fleet", str(fleet_file), "--policy", self.policy, "--pool", self.fleet.pool),
             ]
             if previous is not None:
                 previous.stop()
@@ -154,6 +162,12 @@ class Stack:
             if self._scheduler is not None:
                 self._scheduler.stop()
                 self._scheduler = None
+            nodes, self._nodes = self._nodes, {}
+        enders = [threading.Thread(target=node.stop) for node in nodes.values()]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join()
         if self._thread.is_alive():
             with contextlib.suppress(Exception):
                 self._call(self._stop_engines())
@@ -246,9 +260,61 @@ class Stack:
             await probe.close()
         self._on_ready(f"engine {spec.engine_id}", spec.url if healthy else f"{spec.url} does not answer yet")
 
+    def _start_nodes(self) -> None:
+        """Start the nodes' agents; each starts its own engines, and goes on to while others wait for them."""
+        for node_id in self.fleet.nodes:
+            with self._lock:
+                self._nodes[node_id] = self._spawn_node(node_id)
+            if self.keep:
+                alive = functools.partial(self._node_alive, node_id)
+                self._keep_alive(self._keep(f"node {node_id}", alive, functools.partial(self._node_again, node_id)))
+        if self.fleet.nodes:
+            self._call(self._nodes_report())
+
+    def _spawn_node(self, node_id: str) -> guard.Guarded:
+        command = [
+            *(sys.executable, "-m", "maestro_agents.cli", "node", "--fleet", str(self.fleet.file), "--node", node_id),
+            *("--redis-url", self.redis_url, "--pool", self.fleet.pool, "--state", str(self.logs / "nodes")),
+        ]
+        # In order it ends only once its engines have finished what they run.
+        log = self.logs / f"node-{node_id}.log"
+        return guard.spawn(command, log=log, env=_environment(), grace_s=DRAIN_S + GRACE_S)
+
+    def _node_alive(self, node_id: str) -> bool:
+        return node_id in self._nodes and self._nodes[node_id].alive()
+
+    def _node_again(self, node_id: str) -> None:
+        self._nodes[node_id].stop()
+        self._nodes[node_id] = self._spawn_node(node_id)
+
+    async def _nodes_report(self) -> None:
+        """Wait until each node has brought up what it starts with, or said why it cannot."""
+        from maestro_agents.queue.redis import RedisQueue
+
+        queue = RedisQueue(self.redis_url, pool=self.fleet.pool)
+        left = set(self.fleet.nodes)
+        try:
+            while left:
+                for report in await queue.reports(await queue.server_time_s()):
+                    if report.node_id not in left or any(e.tier != "gpu" == e.to for e in report.engines):
+                        continue
+                    left.discard(report.node_id)
+                    awake = [e.spec.engine_id for e in report.engines if e.tier == "gpu"]
+                    for e in report.engines:
+                        if e.failed:
+                            self._notice(f"engine {e.spec.engine_id}: {e.failed}")
+                    self._on_ready(
+                        f"node {report.node_id}", f"{', '.join(awake) or 'no engine'} of {len(report.engines)}"
+                    )
+                for node_id in left:
+                    if not self.keep and not self._node_alive(node_id):
+                        raise EngineUnavailable(f"node {node_id} ended: {self._last_words(f'node-{node_id}.log')}")
+                await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            await queue.close()
+
     def _spawn_scheduler(self) -> guard.Guarded:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        return guard.spawn(self._scheduler_command, log=self.logs / "scheduler.log", env=env)
+        return guard.spawn(self._scheduler_command, log=self.logs / "scheduler.log", env=_environment())
 
     async def _scheduler_leads(self) -> None:
         """Wait until the scheduler has published the fleet."""
@@ -258,6 +324,8 @@ class Stack:
         give_up_at = time.monotonic() + SCHEDULER_START_S
         try:
             while not await queue.fleet():
+                if self.fleet.nodes and not self.fleet.engines and not await self._somebody_serves(queue):
+                    return  # nothing to publish yet: who is wanted is brought then
                 if self._scheduler is None or not self._scheduler.alive():
                     raise QueueUnavailable(f"the scheduler ended while it started: {self._last_words('scheduler.log')}")
                 if time.monotonic() > give_up_at:
@@ -265,6 +333,11 @@ class Stack:
                 await asyncio.sleep(LOOK_EVERY_S / 2)
         finally:
             await queue.close()
+
+    @staticmethod
+    async def _somebody_serves(queue: Queue) -> bool:
+        reports = await queue.reports(time.time())
+        return any(e.tier == e.to == "gpu" for report in reports for e in report.engines)
 
     def _last_words(self, log: str) -> str:
         with contextlib.suppress(OSError, IndexError):
@@ -332,6 +405,11 @@ class Stack:
         await asyncio.gather(*(engine.stop() for engine in self._engines.values()))
 
 
+def _environment() -> dict[str, str]:
+    """A child finds what we found, in an editable checkout as in an installed wheel."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
 def _kill(pid: int) -> int:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
@@ -349,8 +427,8 @@ def run(
 ) -> None:
     """Start Redis, engines and the scheduler, and start again what dies. Ctrl-C ends them all.
 
-    Engines with [engine.launch] are started, engines with a url are used as they are. The engines and the embedded
-    Redis listen on this machine only.
+    Engines with [engine.launch] are started, engines with a url are used as they are. A fleet of [[gpu]] has a node agent
+    started for each of its nodes, here. The engines and the embedded Redis listen on this machine only.
     """
     console = Console(highlight=False)
     settings = Settings.load(redis_url=redis_url)
@@ -362,7 +440,8 @@ def run(
         signal.signal(number, signal.default_int_handler)  # whichever it is, everything ends in order
     columns = (SpinnerColumn(finished_text="✓"), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bars:
-        parts = ["redis", *(f"engine {e.engine_id}" for e in whole.engines), "scheduler"]
+        engines = [f"engine {e.engine_id}" for e in whole.engines]
+        parts = ["redis", *engines, *(f"node {node_id}" for node_id in whole.nodes), "scheduler"]
         tasks = {part: bars.add_task(f"{part}: starting", total=1) for part in parts}
 
         def ready(part: str, detail: str) -> None:

@@ -77,6 +77,9 @@ class Question:
     #: Everything the model would read, as text.
     text: str
     prompt_tokens: int
+    #: The same, token by token, as the model would read it; and what keeps its prefix from others (vLLM's ``cache_salt``).
+    prompt: Sequence[str] = ()
+    salt: str = ""
     #: The last message's own text.
     last_text: str = ""
     #: Calls that directives want and that were not made yet.
@@ -112,9 +115,21 @@ class Answer:
         return "".join(self.pieces)
 
 
-def count_tokens(text: str) -> int:
-    """The emulator's tokens in a text."""
-    return sum(1 for _ in _PIECE.finditer(text))
+def tokens_of(text: str) -> list[str]:
+    """A text in the emulator's tokens."""
+    return _PIECE.findall(text)
+
+
+def block_names(question: Question, block_size: int) -> tuple[tuple[str, int], ...]:
+    """How its prompt begins, for `maestro_agents.simulator.prefix_cache`: each whole KV block by a hash of all up to its end,
+    as vLLM's prefix cache names them. About 1 ms for 10,000 tokens in blocks of 16.
+    """
+    prompt, digest = question.prompt, hashlib.blake2b(question.salt.encode(), digest_size=16)
+    names: list[tuple[str, int]] = []
+    for end in range(block_size, len(prompt) + 1, block_size):
+        digest.update("\0".join(prompt[end - block_size : end]).encode(errors="surrogatepass"))
+        names.append((digest.hexdigest(), end))
+    return tuple(names)
 
 
 def answer(question: Question) -> Answer:

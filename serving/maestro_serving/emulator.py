@@ -6,13 +6,15 @@ answers are neither logged nor kept. ``tests/test_vllm_contract.py`` holds it to
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
+import math
 import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -24,6 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from maestro_agents.simulator.engine import CPU_TINY, EngineProfile, RequestRecord
+from maestro_serving.admin import Admin, Memory
 from maestro_serving.answers import Answer, Question, answer
 from maestro_serving.live import EngineBusyError, LiveEngine, Metrics
 from maestro_serving.protocol import (
@@ -76,6 +79,8 @@ class EmulatorConfig:
     api_key: str | None = None
     #: ``metrics`` in every answer (vLLM ``--enable-per-request-metrics``).
     per_request_metrics: bool = True
+    #: The administrator's endpoints are there (vLLM ``VLLM_SERVER_DEV_MODE=1``), and open to everybody.
+    dev_mode: bool = False
 
     def __post_init__(self) -> None:
         names = [m.name for m in self.models]
@@ -87,9 +92,33 @@ OnRequest = Callable[[bytes], None]
 """Told the body of each request to the model as it arrives. For tests and benches; the emulator itself keeps nothing."""
 
 
-def create_app(config: EmulatorConfig, on_request: OnRequest | None = None) -> Starlette:
-    """The ASGI app."""
-    server = _Server(config, on_request)
+class EmulatedServer:
+    """One server: its engines, the state between asleep and awake, and the ASGI app.
+
+    ``build``: makes the engine of a model (with its number) where that is not alone on its GPU; ``memory``: that GPU's.
+    """
+
+    def __init__(
+        self,
+        config: EmulatorConfig,
+        *,
+        on_request: OnRequest | None = None,
+        build: Callable[[EmulatedModel, int, Metrics], LiveEngine] | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        metrics = Metrics()
+        made = [
+            build(m, i, metrics)
+            if build
+            else LiveEngine(m.name, m.profile.faster(config.speed), index=i, metrics=metrics)
+            for i, m in enumerate(config.models)
+        ]
+        self.engines = {engine.name: engine for engine in made}
+        self.admin = Admin(made, metrics, memory)
+        self.app = _app(_Server(config, self.engines, metrics, on_request), self.admin)
+
+
+def _app(server: _Server, admin: Admin) -> Starlette:
     routes = [
         Route("/health", server.health),
         Route("/version", server.version),
@@ -99,19 +128,22 @@ def create_app(config: EmulatorConfig, on_request: OnRequest | None = None) -> S
         Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/responses", server.responses, methods=["POST"]),
     ]
-    return Starlette(routes=routes)
+    return Starlette(routes=routes + admin.routes() if server.config.dev_mode else routes)
 
 
 class _Server:
-    def __init__(self, config: EmulatorConfig, on_request: OnRequest | None) -> None:
+    def __init__(
+        self,
+        config: EmulatorConfig,
+        engines: Mapping[str, LiveEngine],
+        metrics: Metrics,
+        on_request: OnRequest | None,
+    ) -> None:
         self.config = config
         self.on_request = on_request
-        self.metrics = Metrics()
+        self.metrics = metrics
         self.started_at_s = int(time.time())
-        self.engines = {
-            m.name: LiveEngine(m.name, m.profile.faster(config.speed), index=i, metrics=self.metrics)
-            for i, m in enumerate(config.models)
-        }
+        self.engines = engines
 
     # -- what is asked about the server -------------------------------------------------------------------------------
     async def health(self, request: Request) -> Response:
@@ -160,7 +192,7 @@ class _Server:
                     "choices": choices,
                     "service_tier": None,
                     "system_fingerprint": FINGERPRINT,
-                    "usage": job.usage(sum(r.output_tokens for r in records)),
+                    "usage": job.used(records),
                     "prompt_logprobs": None,
                     "kv_transfer_params": None,
                     "metrics": self.request_metrics(records),
@@ -195,7 +227,7 @@ class _Server:
                     "choices": choices,
                     "service_tier": None,
                     "system_fingerprint": FINGERPRINT,
-                    "usage": job.usage(sum(r.output_tokens for r in records)),
+                    "usage": job.used(records),
                     "kv_transfer_params": None,
                     "metrics": self.request_metrics(records),
                 }
@@ -210,7 +242,7 @@ class _Server:
             if body.stream:
                 return await EventStream.open(self.response_events(job, body))
             records = await finished(job)
-            item = response_item(job.answers[0], status="completed")
+            item = response_item(job.answers[0], status="completed") if records[0].output_tokens else None
             return JSONResponse(self.response_body(job, body, item=item, record=records[0]))
 
         return await self.answered(request, reply())
@@ -257,10 +289,14 @@ class _Server:
             answers = [answer(q) for q in questions]
         except ValueError as e:
             raise RefusedError(400, f"The schema cannot be satisfied: {e}") from None
-        request_id = request.headers.get("x-request-id") or body.request_id or uuid.uuid4().hex[:16]
-        separator = "_" if prefix == "resp" else "-"
+        unique = uuid.uuid4().hex[:16]
+        if prefix == "resp":  # there the caller's id is taken as it is
+            request_id = body.request_id or f"resp_{unique}"
+        else:
+            request_id = f"{prefix}-{request.headers.get('x-request-id') or body.request_id or unique}"
         return Job(
-            request_id=f"{prefix}{separator}{request_id}",
+            request_id=request_id,
+            numbered={"cmpl": "-", "resp": "_"}.get(prefix, ""),
             created=int(time.time()),
             engine=engine,
             questions=questions,
@@ -274,11 +310,11 @@ class _Server:
             return None
         r = records[0]
         return {
-            "time_to_first_token_ms": 1000 * (r.ttft_s - r.queue_s),
-            "generation_time_ms": 1000 * r.generation_s,
-            "queue_time_ms": 1000 * r.queue_s,
+            "time_to_first_token_ms": 1000 * (r.ttft_s - r.queue_s) if r.output_tokens else None,
+            "generation_time_ms": 1000 * r.generation_s if r.output_tokens else 0.0,
+            "queue_time_ms": 1000 * r.queue_s if r.started_at_s < math.inf else None,
             "mean_itl_ms": 1000 * r.generation_s / (r.output_tokens - 1) if r.output_tokens > 1 else None,
-            "tokens_per_second": r.output_tokens / (r.ended_at_s - r.started_at_s),
+            "tokens_per_second": r.output_tokens / (r.ended_at_s - r.started_at_s) if r.output_tokens else None,
         }
 
     # -- streams ------------------------------------------------------------------------------------------------------
@@ -292,7 +328,7 @@ class _Server:
                 choice |= {"finish_reason": chat_reason(done, named=named), "stop_reason": done.stop_reason}
                 more |= signature(body)
             if continuous:
-                more["usage"] = job.usage(tokens, details=False)
+                more["usage"] = job.usage(tokens)
             return event(job, "chat.completion.chunk", [choice], **more)
 
         def deltas(index: int, before: int, after: int, *, last: bool) -> list[str]:
@@ -311,6 +347,10 @@ class _Server:
                     out.append(chunk(index, {"content": None, "tool_calls": [part]}, None, after))
                 if last:
                     out.append(chunk(index, {}, done, after))
+            elif last and a.finish_reason == "abort":
+                # Who was aborted before it had a token gets no end but that of the stream.
+                out += [chunk(index, {"content": text}, None, after)] if text else []
+                out += [chunk(index, {"content": ""}, done, after)] if after else []
             elif last or text:
                 # What ends by itself ends with an empty chunk (the end-of-text token), a cut answer with its last text.
                 cut = a.finish_reason == "length" or not text
@@ -326,15 +366,22 @@ class _Server:
 
         def deltas(index: int, before: int, after: int, *, last: bool) -> list[str]:
             a = job.answers[index]
-            choice: dict[str, Any] = {
-                "index": index,
-                "text": "".join(a.pieces[before:after]),
-                "logprobs": None,
-                "finish_reason": a.finish_reason if last else None,
-                "stop_reason": a.stop_reason if last else None,
-            }
-            more = {"usage": job.usage(after, details=False)} if continuous else {}
-            return [event(job, "text_completion", [choice], **more, **(signature(body) if last else {}))]
+            text = "".join(a.pieces[before:after])
+            more = {"usage": job.usage(after)} if continuous else {}
+
+            def chunk(text: str, done: Answer | None) -> str:
+                choice: dict[str, Any] = {
+                    "index": index,
+                    "text": text,
+                    "logprobs": None,
+                    "finish_reason": done and done.finish_reason,
+                    "stop_reason": done and done.stop_reason,
+                }
+                return event(job, "text_completion", [choice], **more, **(signature(body) if done else {}))
+
+            if last and a.finish_reason == "abort":
+                return [*([chunk(text, None)] if text else []), *([chunk("", a)] if after else [])]
+            return [chunk(text, a if last else None)]
 
         async for line in self.chunks(job, body, "text_completion", deltas):
             yield line
@@ -343,15 +390,14 @@ class _Server:
         """All answers' chunks as their tokens come, then usage, then the end. None first: admitted."""
         with job.engine.run(job.requests(), job.reasons) as flows:
             yield None
-            async for index, before, after, last in told(flows):
+            async for index, before, after, last in told(job, flows):
                 for line in deltas(index, before, after, last=last):
                     yield line
             records = [await flow.end() for flow in flows]
         if body.stream_options and body.stream_options.include_usage:
             metrics = self.request_metrics(records)
             more = {"metrics": {k: v for k, v in metrics.items() if v is not None}} if metrics else {}
-            usage = job.usage(sum(r.output_tokens for r in records))
-            yield event(job, kind, [], usage=usage, system_fingerprint=FINGERPRINT, **more)
+            yield event(job, kind, [], usage=job.used(records), system_fingerprint=FINGERPRINT, **more)
         yield "data: [DONE]\n\n"
 
     async def response_events(self, job: Job, body: ResponsesBody) -> AsyncGenerator[str | None]:
@@ -371,8 +417,8 @@ class _Server:
             for kind in ("response.created", "response.in_progress"):
                 begun = self.response_body(job, body, item=None, record=None)
                 yield say(kind, response={k: v for k, v in begun.items() if k != "metrics"})
-            async for _, before, after, _ in told(flows):
-                if before == 0:
+            async for _, before, after, _ in told(job, flows):
+                if before == 0 < after:
                     yield say("response.output_item.added", item=blank(item), output_index=0)
                     if not a.tool:
                         part: dict[str, Any] = {"annotations": [], "text": "", "type": "output_text", "logprobs": []}
@@ -384,6 +430,12 @@ class _Server:
                 else:
                     yield say("response.output_text.delta", content_index=0, delta=text, logprobs=[], **where)
             record = await flows[0].end()
+        if not record.output_tokens:
+            yield say("response.completed", response=self.response_body(job, body, item=None, record=record))
+            return
+        if job.answers[0] is not a:  # it was aborted meanwhile
+            a = job.answers[0]
+            item = {**response_item(a, status="in_progress"), "id": item["id"]}
         done = {**item, "status": "completed"}
         if a.tool:
             yield say("response.function_call_arguments.done", arguments=a.text, name=a.tool, **where)
@@ -400,7 +452,7 @@ class _Server:
         cut = record is not None and job.answers[0].finish_reason == "length"
         usage = record and {
             "input_tokens": job.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": record.cached_tokens},
             "output_tokens": record.output_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": job.prompt_tokens + record.output_tokens,
@@ -438,27 +490,35 @@ class _Server:
 class _Uvicorn(uvicorn.Server):
     """Says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], *, signals: bool) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._signals = signals
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        with super().capture_signals() if self._signals else contextlib.nullcontext():
+            yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
 
 
-def _uvicorn(config: EmulatorConfig, on_ready: Callable[[], None], on_request: OnRequest | None = None) -> _Uvicorn:
+def server_of(app: Starlette, on_ready: Callable[[], None], *, signals: bool = True) -> uvicorn.Server:
+    """What serves an app, and says when it listens. ``signals``: it ends at SIGINT and SIGTERM."""
     settings = uvicorn.Config(
-        create_app(config, on_request),
+        app,
         log_level="warning",
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=1,
     )
-    return _Uvicorn(settings, on_ready)
+    return _Uvicorn(settings, on_ready, signals=signals)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to an address; port 0: a free one. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named as TCP, or asyncio does not switch Nagle's algorithm off, and every answer comes 40 ms late.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -482,12 +542,13 @@ async def serve(
 
     Raises OSError where the port is taken. Port 0 chooses a free one.
     """
-    with _listen(host, port) as listener:
-        url = _url(listener)
-        await _uvicorn(config, lambda: on_ready(url)).serve(sockets=[listener])
+    with listen(host, port) as listener:
+        url = url_of(listener)
+        await server_of(EmulatedServer(config).app, lambda: on_ready(url)).serve(sockets=[listener])
 
 
-def _url(listener: socket.socket) -> str:
+def url_of(listener: socket.socket) -> str:
+    """The URL of a server at a socket, ending in ``/v1``."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
@@ -499,13 +560,14 @@ class Emulator:
         self, config: EmulatorConfig | None = None, *, port: int = 0, on_request: OnRequest | None = None
     ) -> None:
         self._ready = threading.Event()
-        self._listener = _listen("127.0.0.1", port)
-        self._server = _uvicorn(config or EmulatorConfig(), self._ready.set, on_request)
+        self._listener = listen("127.0.0.1", port)
+        served = EmulatedServer(config or EmulatorConfig(), on_request=on_request)
+        self._server = server_of(served.app, self._ready.set)
         self._thread = threading.Thread(
             target=lambda: self._server.run(sockets=[self._listener]), name="emulator", daemon=True
         )
         #: Ends in ``/v1``.
-        self.url = _url(self._listener)
+        self.url = url_of(self._listener)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -12,7 +12,7 @@ from maestro_agents.errors import EngineUnavailable
 
 async def served_models(spec: EngineSpec, *, timeout_s: float = 5.0) -> tuple[str, ...]:
     """The names that an engine answers to (``GET /v1/models``). Raises `EngineUnavailable` with the reason."""
-    key = os.environ.get(spec.api_key_env, "") if spec.api_key_env else ""
+    key = (os.environ.get(spec.api_key_env, "") if spec.api_key_env else "") or spec.token
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url = f"{spec.url.rstrip('/')}/models"
     try:

@@ -13,14 +13,14 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from maestro_serving.answers import Question, Tool, Turn, count_tokens, text_of, wishes
+from maestro_serving.answers import Question, Tool, Turn, text_of, tokens_of, wishes
 
 PRIORITY_HEADER: Final = "x-vllm-priority"
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """``max_tokens`` of /v1/completions where the caller gives none."""
 
-_TEMPLATE_TOKENS: Final = 4
-"""Of each message, for the markers that a chat template puts around it."""
+_TEMPLATE: Final = ("<", "|", ">", "\n")
+"""Tokens of each message, for the markers that a chat template puts around it."""
 _ANY_OBJECT: Final = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 
 _Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -56,6 +56,7 @@ class Body(BaseModel):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    cache_salt: str | None = None
 
 
 class Sampled(Body):
@@ -182,6 +183,9 @@ def parse(kind: type[_Body], raw: bytes, headers: Mapping[str, str]) -> _Body:
         first = e.errors(include_url=False)[0]
         place = ".".join(["body", *(str(p) for p in first["loc"])])
         raise _invalid(f"{e.error_count()} validation error(s): {place}: {first['msg']}", param=place) from None
+    if body.cache_salt == "":
+        message = "Parameter 'cache_salt' must be a non-empty string if provided. (parameter=cache_salt)"
+        raise RefusedError(400, message, param="cache_salt")
     if isinstance(body, Sampled):
         _check_sampling(body)
     if isinstance(body, ChatBody):
@@ -197,10 +201,13 @@ def chat_questions(body: ChatBody, limits: Limits) -> list[Question]:
     tools = [Tool(name=t.function.name, parameters=t.function.parameters or {}) for t in body.tools or ()]
     choice = body.tool_choice
     name = choice.function.name if isinstance(choice, _NamedTool) else choice
+    offered = [json.dumps([t.name, t.parameters], sort_keys=True) for t in tools]
     base = Question(
         model=limits.model,
-        text="\n".join([*texts, *(json.dumps([t.name, t.parameters], sort_keys=True) for t in tools)]),
+        text="\n".join([*texts, *offered]),
         prompt_tokens=0,
+        prompt=_prompt(texts, offered),
+        salt=body.cache_salt or "",
         max_tokens=0,
         last_text=text_of(body.messages[-1].content),
         wishes=wishes(Turn(role=m.role, text=text_of(m.content), calls=_called(m)) for m in body.messages),
@@ -208,33 +215,40 @@ def chat_questions(body: ChatBody, limits: Limits) -> list[Question]:
         tool_choice=name or ("auto" if tools else "none"),
         schema=_chat_schema(body.response_format),
     )
-    prompt_tokens = count_tokens(base.text) + _TEMPLATE_TOKENS * len(texts)
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return _sampled(base, body, limits, prompt_tokens=prompt_tokens, asked=asked, name=name)
+    return _sampled(base, body, limits, asked=asked, name=name)
 
 
 def completion_questions(body: CompletionBody, limits: Limits) -> list[Question]:
     """What a plain completion asks: each prompt, ``n`` times."""
     prompt = body.prompt
-    prompts: list[tuple[str, int]]  # text, tokens
+    prompts: list[tuple[str, list[str]]]  # text, tokens
     match prompt:
         case str() if prompt:
-            prompts = [(prompt, count_tokens(prompt))]
+            prompts = [(prompt, tokens_of(prompt))]
         case [int(), *_]:
-            prompts = [(str(prompt), len(prompt))]
+            prompts = [(str(prompt), [str(token) for token in prompt])]
         case [_, *_]:
             prompts = [
-                (str(p), count_tokens(p) if isinstance(p, str) else len(p)) for p in prompt if not isinstance(p, int)
+                (str(p), tokens_of(p) if isinstance(p, str) else [str(token) for token in p])
+                for p in prompt
+                if not isinstance(p, int)
             ]
         case _:
             raise RefusedError(400, "Neither prompt nor prompt_embeds was given. (parameter=prompt)", param="prompt")
     questions: list[Question] = []
     for text, tokens in prompts:
-        base = Question(model=limits.model, text=text, last_text=text, prompt_tokens=0, max_tokens=0)
-        questions += _sampled(
-            base, body, limits, prompt_tokens=max(1, tokens), asked=body.max_tokens, name="max_tokens"
+        base = Question(
+            model=limits.model,
+            text=text,
+            last_text=text,
+            prompt_tokens=0,
+            prompt=tokens or [""],
+            salt=body.cache_salt or "",
+            max_tokens=0,
         )
+        questions += _sampled(base, body, limits, asked=body.max_tokens, name="max_tokens")
     return questions
 
 
@@ -258,12 +272,15 @@ def response_question(body: ResponsesBody, limits: Limits) -> Question:
     if text_format and text_format.type != "text":
         schema = _ANY_OBJECT if text_format.type == "json_object" else text_format.json_schema
     last = items[-1] if items else {}
-    text = "\n".join([*texts, *(json.dumps([t.name, t.parameters], sort_keys=True) for t in tools)])
-    prompt_tokens = count_tokens(text) + _TEMPLATE_TOKENS * max(1, len(texts))
+    offered = [json.dumps([t.name, t.parameters], sort_keys=True) for t in tools]
+    prompt = _prompt(texts or [""], offered)
+    prompt_tokens = len(prompt)
     question = Question(
         model=limits.model,
-        text=text,
+        text="\n".join([*texts, *offered]),
         prompt_tokens=prompt_tokens,
+        prompt=prompt,
+        salt=body.cache_salt or "",
         max_tokens=0,
         last_text=text_of(last.get("content")),
         wishes=wishes(_turn(item) for item in items),
@@ -276,9 +293,17 @@ def response_question(body: ResponsesBody, limits: Limits) -> Question:
     )
 
 
-def _sampled(
-    base: Question, body: Sampled, limits: Limits, *, prompt_tokens: int, asked: int | None, name: str
-) -> list[Question]:
+def _prompt(texts: Sequence[str], offered: Sequence[str]) -> list[str]:
+    """The tokens of messages and tools in a template's order: tools come first, so that a conversation only grows."""
+    tokens = [token for text in offered for token in tokens_of(f"\n{text}")]
+    for n, text in enumerate(texts):
+        tokens += _TEMPLATE
+        tokens += tokens_of(f"\n{text}" if n else text)
+    return tokens
+
+
+def _sampled(base: Question, body: Sampled, limits: Limits, *, asked: int | None, name: str) -> list[Question]:
+    prompt_tokens = len(base.prompt)
     room = _room(prompt_tokens, limits, asked=asked, name=name)
     if body.min_tokens < 0 or body.min_tokens > (asked or room):
         raise RefusedError(400, f"min_tokens must be between 0 and max_tokens={asked or room}, got {body.min_tokens}.")

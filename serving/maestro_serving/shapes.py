@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from maestro_agents.simulator.engine import EngineRequest
-from maestro_serving.answers import Answer, Question
+from maestro_agents.simulator.engine import EngineRequest, RequestRecord
+from maestro_serving.answers import Answer, Question, block_names
 from maestro_serving.live import LiveEngine
 from maestro_serving.protocol import Sampled
 
@@ -26,18 +27,37 @@ class Job:
     questions: list[Question]
     answers: list[Answer]
     priority: int
+    numbered: str = ""
 
     def requests(self) -> list[EngineRequest]:
-        """What the engine has to do; new ids every time."""
+        """What the engine has to do; new ids every time (a caller's id may come twice), which begin with `names`."""
         return [
             EngineRequest(
-                request_id=f"{self.request_id}-{i}-{uuid.uuid4().hex}",  # a caller's id may come twice
+                request_id=f"{self.names[i]}-{i}-{uuid.uuid4().hex}",
                 prompt_tokens=q.prompt_tokens,
                 output_tokens=len(a.pieces),
                 priority=self.priority,
+                prefix=block_names(q, self.engine.profile.block_size),
             )
             for i, (q, a) in enumerate(zip(self.questions, self.answers, strict=True))
         ]
+
+    @property
+    def names(self) -> list[str]:
+        """By which each is aborted, as in vLLM: the job's id, with the number of its prompt where ``numbered`` separates it."""
+        if not self.numbered:
+            return [self.request_id] * len(self.questions)
+        prompts = [q.index == 0 for q in self.questions]
+        return [f"{self.request_id}{self.numbered}{sum(prompts[: i + 1]) - 1}" for i in range(len(prompts))]
+
+    def settle(self, index: int, record: RequestRecord | None) -> None:
+        """An answer as it has become by now: cut where the server aborted it, noise where its weights are not the model's."""
+        a = self.answers[index]
+        if self.engine.garbled:
+            self.answers[index] = a = dataclasses.replace(a, pieces=["!"] * len(a.pieces), tool="")
+        if record is not None and record.aborted:
+            pieces = a.pieces[: record.output_tokens]
+            self.answers[index] = dataclasses.replace(a, pieces=pieces, finish_reason="abort", stop_reason=None)
 
     @property
     def prompt_tokens(self) -> int:
@@ -48,13 +68,19 @@ class Job:
     def reasons(self) -> list[str]:
         return [a.finish_reason for a in self.answers]
 
-    def usage(self, output_tokens: int, *, details: bool = True) -> dict[str, Any]:
-        usage: dict[str, Any] = {
+    def usage(self, output_tokens: int) -> dict[str, Any]:
+        """While it streams."""
+        return {
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + output_tokens,
             "completion_tokens": output_tokens,
         }
-        return usage | {"prompt_tokens_details": {"cached_tokens": 0}} if details else usage
+
+    def used(self, records: Sequence[RequestRecord]) -> dict[str, Any]:
+        """At the end. What was cached is said of the last prompt, as in vLLM."""
+        last = max(i for i, q in enumerate(self.questions) if q.index == 0)
+        details = {"cached_tokens": records[last].cached_tokens}
+        return self.usage(sum(r.output_tokens for r in records)) | {"prompt_tokens_details": details}
 
 
 class Deltas(Protocol):

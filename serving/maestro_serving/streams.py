@@ -20,11 +20,16 @@ _T = TypeVar("_T")
 async def finished(job: Job) -> list[RequestRecord]:
     """Run a job to its end."""
     with job.engine.run(job.requests(), job.reasons) as flows:
-        return [await flow.end() for flow in flows]
+        records = [await flow.end() for flow in flows]
+    for i, record in enumerate(records):
+        job.settle(i, record)
+    return records
 
 
-async def told(flows: list[Flow]) -> AsyncGenerator[tuple[int, int, int, bool]]:
-    """(index, tokens before, tokens now, last) of each flow, whenever it has more."""
+async def told(job: Job, flows: list[Flow]) -> AsyncGenerator[tuple[int, int, int, bool]]:
+    """(index, tokens before, tokens now, last) of each flow of a job, whenever it has more. One that was aborted by the server
+    before it had any is told too, without tokens.
+    """
     told = [0] * len(flows)
     news = {asyncio.ensure_future(flow.more()): i for i, flow in enumerate(flows)}
     try:
@@ -33,8 +38,10 @@ async def told(flows: list[Flow]) -> AsyncGenerator[tuple[int, int, int, bool]]:
             for task in sorted(done, key=lambda t: news[t]):
                 i = news.pop(task)
                 before, told[i] = told[i], task.result()
-                last = flows[i].record is not None and told[i] == flows[i].request.output_tokens
-                if told[i] > before:
+                record = flows[i].record
+                last = record is not None and told[i] == record.output_tokens
+                job.settle(i, record if last else None)
+                if told[i] > before or last:
                     yield i, before, told[i], last
                 if not last:
                     news[asyncio.ensure_future(flows[i].more())] = i

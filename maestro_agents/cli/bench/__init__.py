@@ -600,11 +600,27 @@ def measure_remaining(
         ),
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Splits by task, half and half: seeds 0, 1, ...")] = 5,
+    model: Annotated[
+        bool,
+        typer.Option(
+            "--model", help="Hold the scheduler's second model to it instead, cross-fitted by task (minutes)."
+        ),
+    ] = False,
+    calls: Annotated[
+        Path | None,
+        typer.Option("--calls", help="With --model: calls as JSON lines that tell what was said in the trace."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """How well is the rest of a run known, where its task was never seen? Example: maestro bench remaining sessions.csv.gz"""
+    """How well is the rest of a run known, where its task was never seen? Example: maestro bench remaining sessions.csv.gz
+
+    Statistics of nodes and visits beside plain means; with --model what the model adds that a scheduler trains on its own traffic.
+    """
     from maestro_agents.cli.bench import remaining as bench
 
+    if model:
+        _measure_second(sessions, calls, as_json=as_json)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("what is left of runs", total=seeds)
@@ -627,6 +643,75 @@ def measure_remaining(
         f"Split by task, half and half, seeds {found['seeds'][0]} to {found['seeds'][-1]}; seconds only where all calls of an "
         "app are timed. global, app, role: the mean of those sessions that were learned from."
     )
+
+
+def _measure_second(sessions: Path, calls: Path | None, *, as_json: bool) -> None:
+    from maestro_agents.cli.bench import remaining as bench
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading", total=1.0)
+        found = bench.second(
+            sessions, calls, lambda what, share: progress.update(task, description=what, completed=share)
+        )
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(title="output tokens that a run still writes after a call", box=box.SIMPLE_HEAD)
+    for name in ("said by", "error", "by app", "tau", "tau by app"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "said by" else "right")
+    for row in found["rows"]:
+        errors = (f"{row[name]:.0f}" for name in ("mae", "mae_mean_of_apps"))
+        table.add_row(bench.SECOND[row["predictor"]], *errors, f"{row['tau']:.3f}", f"{row['tau_mean_of_apps']:.3f}")
+    Console().print(table)
+    Console().print(
+        f"{found['calls']} calls, each asked about by what was learned from the tasks of the other {found['folds'] - 1} of "
+        f"{found['folds']} parts, then frozen. Error: absolute, in tokens. tau: rank agreement (Kendall). By app: the apps' mean."
+    )
+
+
+@bench_app.command("kv")
+def measure_kv(
+    factor: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--factor", min=1.0, max=3.05, help="KV budgets over KV memory; may be repeated. Default 1, 1.5, 2, 3.05."
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="The same ones under each factor.")] = 90,
+    seed: Annotated[int, typer.Option(help="Sizes and moments of the requests.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Two models on one emulated GPU whose KV budgets come to more than its memory. Example: maestro bench kv --factor 1 --factor 3.05
+
+    The real node agent, its ledger and its guard; the GPU is emulated, so what memory costs in time is not measured.
+    """
+    from maestro_agents.cli.bench import kv as bench
+
+    factors = factor or list(bench.FACTORS)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("requests", total=len(factors) * requests)
+        rows = bench.run(factors, requests, seed, lambda: progress.advance(task))
+    found = {"label": "emulated", "seed": seed, "kv_gb": bench.KV_GB, "speed": bench.SPEED, "factors": rows}
+    if as_json:
+        print(json.dumps(found))
+    else:
+        table = Table(title="KV budgets over KV memory, two models on one emulated GPU", box=box.SIMPLE_HEAD)
+        for name in "factor,ended,preempted,paused,p50,p95,p95 inter.,over".split(","):
+            table.add_column(name, justify="right")
+        for r in rows:
+            seconds = (f"{r[k]:.1f} s" for k in ("p50_s", "p95_s", "interactive_p95_s"))
+            counts = (f"{r['completed']}/{r['requests']}", str(r["preemptions"]), f"{r['paused_s']:.1f} s")
+            table.add_row(f"{r['factor']:g}", *counts, *seconds, str(r["violations"]))
+        Console().print(table)
+        Console().print(
+            f"factor: what budgets may come to, over {bench.KV_GB:g} GB of KV memory. paused: seconds in which nothing new was "
+            "admitted. p50, p95: from a request's arrival to its last token; inter.: interactive ones. over: instants at which more was mapped than "
+            f"there is, and moves refused for want of memory. Label: emulated, {bench.SPEED:g} times as fast as the hardware; seed {seed}."
+        )
+    if any(r["violations"] or r["completed"] < r["requests"] for r in rows):
+        raise typer.Exit(1)
 
 
 @bench_app.command("features")
