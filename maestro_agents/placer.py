@@ -469,8 +469,7 @@ class Placer:
             if s.kv_bytes and s.to == "gpu" and s.in_hbm:
                 held = max(s.kv_held_bytes, s.kv_now_bytes * s.coming)
                 least = max(s.kv_bytes, s.report.kv_floor_bytes, s.use.reserved_bytes)
-                # What comes has its floor until it is there: its node cannot take back the rest while it moves.
-                more = 0 if promised or s.coming else max(0, min(s.kv_bytes - held, free))
+                more = 0 if promised else max(0, min(s.kv_bytes - held, free))
                 free -= more
                 s.kv_now_bytes = min(held, least) + more
 

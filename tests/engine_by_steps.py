@@ -200,11 +200,14 @@ class EngineBySteps:
             return
         decoding = [live for live, n in self._scheduled if n == 1 and live.emitted]
         prefill = sum(n for _, n in self._scheduled) - len(decoding)
+        computing = [(live, n) for live, n in self._scheduled if not (n == 1 and live.emitted)]
+        reads = sum(live.computed + i for live, n in computing for i in range(1, n + 1))
         p = self.profile
         self._ends_at_s = (
             self._now_s
             + p.base_s
             + prefill * p.prefill_s_per_token
+            + reads * p.prefill_read_s_per_token
             + len(decoding) * p.decode_s_per_seq
             + sum(live.computed + 1 for live in decoding) * p.kv_read_s_per_token
             + starting * p.request_s

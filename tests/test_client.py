@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -35,6 +36,7 @@ from maestro_agents.errors import (
     StageRefused,
     WaitTooLong,
 )
+from maestro_agents.nodes import EngineReport, NodeReport
 from maestro_agents.policy import wire_priority
 from maestro_agents.queue.embedded import EmbeddedRedis
 from maestro_agents.queue.redis import RedisClock, RedisQueue
@@ -1349,6 +1351,24 @@ async def test_a_pool_without_any_scheduler_passes_by(redis_url: str, pool: str,
     async with joined(redis_url, pool, on_outage="closed") as a:
         with pytest.raises(QueueUnavailable, match="published"):
             await a.granted()
+
+
+async def test_a_model_that_sleeps_on_a_node_is_waited_for_beside_a_fleet_that_serves_others(
+    redis_url: str, pool: str
+) -> None:
+    """No engine of the published fleet has it: its calls are ours all the same, as soon as we know that fleet."""
+    asleep = EngineReport(spec=EngineSpec(engine_id="n", url="", model="m"), gpu_id="g", tier="sleeping", to="sleeping")
+    queue = RedisQueue(redis_url, pool=pool)
+    await queue.report(NodeReport(node_id="n", engines=[asleep]), now_s=await queue.server_time_s(), ttl_s=60.0)
+    async with scheduler(redis_url, pool, dataclasses.replace(engine("e1"), model="other")), joined(redis_url, pool) as a:
+        await until(lambda: "other" in a.room.models)
+        waiting, task = a.waiter()
+        await until(a.depth)
+        waiting.cancel()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await a.quiet()
+    await queue.close()
 
 
 async def test_a_redis_that_is_not_there_yet(pool: str, told: Callable[[], list[str]]) -> None:

@@ -371,6 +371,24 @@ def test_room_is_made_for_no_longer_than_it_is_asked_for() -> None:
     assert ledger.limit_bytes("a") + ledger.limit_bytes("b") > 20 * GB
 
 
+def test_an_engine_on_its_way_holds_its_floor_and_nobody_up() -> None:
+    """It cannot be told a limit before it has arrived, so it is given none: the next one's room does not wait for that."""
+    ledger = ledger_of("a")
+    for _ in range(3):
+        tick(ledger, {"a": 2})
+    assert ledger.limit_bytes("a") > 20 * GB
+    for coming in "bc":
+        for _ in range(4):
+            if ledger.enter(coming, fixed_bytes=9 * GB, floor_bytes=GB, kv_bytes=9 * GB, elastic="enforced"):
+                break
+            tick(ledger, {"a": 2})
+        for _ in range(3):
+            tick(ledger, {"a": 2})
+        assert ledger.limit_bytes(coming) == GB
+    assert ledger.limit_bytes("a") > 8 * GB
+    assert ledger.held_bytes <= ledger.usable_bytes
+
+
 def test_who_leaves_frees_all_that_it_had() -> None:
     """Weights, server and KV memory, once; leaving twice changes nothing."""
     ledger = ledger_of()

@@ -233,6 +233,7 @@ def test_the_cpu_profile_resembles_what_was_measured(streams, measured):
     [
         {"base_s": 0.0},
         {"prefill_s_per_token": -1.0},
+        {"prefill_read_s_per_token": -1.0},
         {"kv_read_s_per_token": -1.0},
         {"request_s": -1.0},
         {"num_blocks": 9},
@@ -286,6 +287,7 @@ EXACT_PROFILES = st.builds(
     scheduling=st.sampled_from(Scheduling),
     max_queued=st.sampled_from([None, 5]),
     kv_read_s_per_token=st.sampled_from([2**-14, 0.0]),
+    prefill_read_s_per_token=st.sampled_from([0.0, 2**-13]),
     request_s=st.sampled_from([0.0, 2**-8]),
     max_num_seqs=st.sampled_from([4, 8, 1]),
     step_tokens=st.sampled_from([8, 30]),
@@ -445,6 +447,17 @@ def test_reading_the_kv_costs_time_that_grows_with_every_token():
     (record,) = drain(engine)
     read_s = 0.001 * sum(8 + n for n in (1, 2, 3, 4))
     assert record.generation_s == pytest.approx(4 * (SMALL.base_s + SMALL.decode_s_per_seq) + read_s)
+
+
+@pytest.mark.parametrize("step_tokens", [8, 30])
+def test_attention_makes_a_prompt_cost_with_its_square_in_whatever_chunks(step_tokens: int):
+    """Each of its tokens takes prefill_read_s_per_token for every token up to it."""
+    engine = Engine(dataclasses.replace(SMALL, prefill_read_s_per_token=0.001, step_tokens=step_tokens))
+    engine.submit(request("a", prompt=20, output=1), 0.0)
+    (record,) = drain(engine)
+    steps = -(-20 // step_tokens)
+    plain_s = steps * SMALL.base_s + 20 * SMALL.prefill_s_per_token
+    assert record.ended_at_s == pytest.approx(plain_s + 0.001 * sum(range(1, 21)))
 
 
 def test_a_request_costs_its_own_seconds_once_in_the_step_in_which_it_starts():

@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from maestro_agents.simulator.engine import Engine, EngineProfile, EngineRequest, Scheduling
+from maestro_agents.simulator.engine import COSTS, Engine, EngineProfile, EngineRequest, Scheduling
 from maestro_agents.tomlfile import Place, read_toml
-
-COSTS: Final = ("base_s", "prefill_s_per_token", "decode_s_per_seq", "kv_read_s_per_token", "request_s")
-"""What a step's seconds are made of."""
 
 _SIZES: Final = ("max_num_seqs", "step_tokens", "block_size", "num_blocks", "max_model_len")
 

@@ -9,9 +9,9 @@ The rules, in the order in which a step applies them:
 3. Where nobody was preempted, waiting requests are admitted in order, as long as a place in the batch, budget, and KV
    blocks for all their tokens so far are free. Order: (priority, arrival, id), lower first; under FCFS by submission.
    What the KV blocks still hold of a prompt (`EngineRequest.prefix`, `prefix_cache`) is not computed again.
-4. The step takes ``base_s + prefill tokens x prefill_s_per_token + decoding requests x decode_s_per_seq + tokens in
-   the KV of the decoding requests x kv_read_s_per_token + requests that start in it x request_s``. At its end every
-   request whose tokens are all computed has one token more.
+4. The step takes ``base_s + prefill tokens x prefill_s_per_token + tokens up to each of these x prefill_read_s_per_token +
+   decoding requests x decode_s_per_seq + tokens in the KV of the decoding requests x kv_read_s_per_token + requests that
+   start in it x request_s``. At its end every request whose tokens are all computed has one token more.
 
 A high-priority arrival never displaces a running request while KV blocks suffice: so does vLLM.
 
@@ -41,6 +41,17 @@ class Scheduling(enum.StrEnum):
     PRIORITY = "priority"
 
 
+COSTS: Final = (
+    "base_s",
+    "prefill_s_per_token",
+    "prefill_read_s_per_token",
+    "decode_s_per_seq",
+    "kv_read_s_per_token",
+    "request_s",
+)
+"""What a step's seconds are made of."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineProfile:
     """How fast an engine is and how much fits. The defaults are round numbers of no GPU in particular."""
@@ -48,6 +59,9 @@ class EngineProfile:
     #: Seconds that every step takes, whatever it does.
     base_s: float = 0.008
     prefill_s_per_token: float = 0.0001
+    #: Seconds that each token up to a prompt token adds to the computing of that: attention, which grows with the square of
+    #: a prompt. A chunk of n tokens after c others reads n c + n (n + 1) / 2.
+    prefill_read_s_per_token: float = 0.0
     #: Seconds that each decoding request adds to a step.
     decode_s_per_seq: float = 0.0002
     #: Seconds that each token in a decoding request's KV adds to a step: decode attention reads all of it, and is bound
@@ -70,8 +84,7 @@ class EngineProfile:
     max_queued: int | None = None
 
     def __post_init__(self) -> None:
-        shares_s = (self.prefill_s_per_token, self.decode_s_per_seq, self.kv_read_s_per_token, self.request_s)
-        if self.base_s <= 0 or min(shares_s) < 0:
+        if self.base_s <= 0 or min(getattr(self, name) for name in COSTS) < 0:
             raise ValueError("an engine profile: base_s must be positive, other durations must not be negative")
         if min(self.max_num_seqs, self.step_tokens, self.block_size, self.num_blocks, self.max_model_len) < 1:
             raise ValueError("an engine profile: sizes must be at least 1")
@@ -91,14 +104,7 @@ class EngineProfile:
         """The same engine with every duration divided by ``speed``."""
         if not 0 < speed < math.inf:
             raise ValueError(f"speed must be positive, got {speed}")
-        return dataclasses.replace(
-            self,
-            base_s=self.base_s / speed,
-            prefill_s_per_token=self.prefill_s_per_token / speed,
-            decode_s_per_seq=self.decode_s_per_seq / speed,
-            kv_read_s_per_token=self.kv_read_s_per_token / speed,
-            request_s=self.request_s / speed,
-        )
+        return dataclasses.replace(self, **{name: getattr(self, name) / speed for name in COSTS})
 
 
 CPU_TINY: Final = EngineProfile(
@@ -538,17 +544,19 @@ class Engine:
             heapq.heappop(self._waiting)
             budget -= self._admit(live, budget)
 
-        decoding, kv_tokens, prefill = self._decoding, self._kv_tokens, 0
+        decoding, kv_tokens, prefill, reads = self._decoding, self._kv_tokens, 0, 0
         for live, computing in self._prefill:
             if computing == 1 and live.emitted:  # lost its KV, and most was there again: a decode like any other
                 decoding += 1
                 kv_tokens += live.computed + 1
             else:
                 prefill += computing
+                reads += computing * (2 * live.computed + computing + 1) // 2
         self._begun_at_s = self._now_s
         self._first_s = (
             p.base_s
             + prefill * p.prefill_s_per_token
+            + reads * p.prefill_read_s_per_token
             + decoding * p.decode_s_per_seq
             + kv_tokens * p.kv_read_s_per_token
             + self._starting * p.request_s

@@ -333,7 +333,10 @@ class KvLedger:
 
     # -- what may be held ---------------------------------------------------------------------------------------------------
     def guard(self, seen: Mapping[str, Seen]) -> Verdict:
-        """What is to be done, from what was seen. Tell the engines their new limits, and `confirm` each that took its own."""
+        """What is to be done, from what was seen. Tell the engines their new limits, and `confirm` each that took its own.
+
+        An engine that is not named cannot be told now (it is on its way): it keeps its limit, and all that it may hold is its own.
+        """
         for k, e in self._engines.items():
             look = seen.get(k)
             if look is not None and look.used_bytes >= 0 and look.at_s >= e.agreed_at_s:
@@ -341,7 +344,9 @@ class KvLedger:
         uses = list(self._uses(seen, self.budgets()))
         room_bytes = min(self._waiting.values(), default=0)  # who waits for more comes after
         self._waiting.clear()
-        verdict = guard(Usage(kv_bytes=self.kv_bytes, engines=uses, level=self.level, room_bytes=room_bytes))
+        unseen = (e for k, e in self._engines.items() if e.elastic == "enforced" and k not in seen)
+        kv_bytes = max(0, self.kv_bytes - sum(e.kv_held_bytes for e in unseen))
+        verdict = guard(Usage(kv_bytes=kv_bytes, engines=uses, level=self.level, room_bytes=room_bytes))
         self.level = verdict.level
         for use in uses:
             entry = self._engines[use.engine_id]
@@ -361,8 +366,7 @@ class KvLedger:
 
     def _uses(self, seen: Mapping[str, Seen], budgets: Mapping[str, int]) -> Iterable[Use]:
         for k, e in self._engines.items():
-            if e.elastic == "enforced":
-                s = seen.get(k) or Seen()
+            if e.elastic == "enforced" and (s := seen.get(k)) is not None:
                 yield Use(
                     engine_id=k,
                     limit_bytes=e.limit_bytes,

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from maestro_agents.errors import ConfigError, EngineUnavailable
-from maestro_agents.simulator.calibration import COSTS, Residual, amounts
-from maestro_agents.simulator.engine import EngineProfile, Scheduling
+from maestro_agents.simulator.calibration import Residual, amounts
+from maestro_agents.simulator.engine import COSTS, EngineProfile, Scheduling
 from maestro_serving.load import Described, LoadClient, Sizes
 
 OUTLIER: Final = 4.0

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from rich.box import SIMPLE_HEAD
+from rich.box import SIMPLEHEAD
 from rich.console import Console
 from rich.table import Table
 from scipy import special
@@ -106,7 +106,7 @@ def state(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 # -- the table -----------------------------------------------------------------------------------------------------------
-_HEAD: Final = (
+HEAD: Final = (
     "policy", "load", "SLO %", "inter-\nactive", "batch", "run s\np50/95/99", "slow-\ndown", "delay s\nmean/p95/p99", "longest\ns",
     "KV TiB s\nused/reserved", "cold/wake/\npreempt", "Jain", "stages\n/s", "tokens\n/s", "batch\nMtok", "dec/s",
 )  # fmt: skip
@@ -119,7 +119,7 @@ def show(found: Mapping[str, Any]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
-    whole = range(2, len(_HEAD))
+    whole = range(2, len(HEAD))
     for columns in (whole,) if console.width >= WIDTH else (whole[: _CUT - 2], whole[_CUT - 2 :]):
         console.print(_table(found, columns))
     for line in notes(found):
@@ -127,20 +127,20 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def _table(found: Mapping[str, Any], columns: Sequence[int]) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=f"{found['workload']['name']} on {found['fleet']['name']}: {found['label']}")
-    for name in (*_HEAD[:2], *(_HEAD[n] for n in columns)):
+    table = Table(box=SIMPLEHEAD, title=f"{found['workload']['name']} on {found['fleet']['name']}: {found['label']}")
+    for name in (*HEAD[:2], *(HEAD[n] for n in columns)):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     last = None
     for row in sorted(found["rows"], key=lambda r: (r["burst"] or 0.0, r["load"])):
         if last not in {None, (row["load"], row["burst"])}:
             table.add_section()
         last = row["load"], row["burst"]
-        cells = _cells(row)
+        cells = cells(row)
         table.add_row(*cells[:2], *(cells[n] for n in columns))
     return table
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["policy"],
         f"{row['load']:g}" + (f" to {row['burst']:g}" if row["burst"] else ""),
