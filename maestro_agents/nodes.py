@@ -106,6 +106,8 @@ class GpuReport:
     memory_bytes: int
     usable_bytes: int
     level: str = "normal"
+    #: Weights, servers, and all KV memory that engines there hold or may hold: never more than ``usable_bytes``.
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1360,7 +1360,10 @@ async def test_a_model_that_sleeps_on_a_node_is_waited_for_beside_a_fleet_that_s
     asleep = EngineReport(spec=EngineSpec(engine_id="n", url="", model="m"), gpu_id="g", tier="sleeping", to="sleeping")
     queue = RedisQueue(redis_url, pool=pool)
     await queue.report(NodeReport(node_id="n", engines=[asleep]), now_s=await queue.server_time_s(), ttl_s=60.0)
-    async with scheduler(redis_url, pool, dataclasses.replace(engine("e1"), model="other")), joined(redis_url, pool) as a:
+    async with (
+        scheduler(redis_url, pool, dataclasses.replace(engine("e1"), model="other")),
+        joined(redis_url, pool) as a,
+    ):
         await until(lambda: "other" in a.room.models)
         waiting, task = a.waiter()
         await until(a.depth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from maestro_agents.errors import QueueUnavailable
 from maestro_agents.nodes import Move
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_serving import node as node_module
-from tests.scripted_driver import GB, Bench, bench, node_engine, quick
+from maestro_serving.node import Look
+from tests.scripted_driver import GB, Bench, ScriptedDriver, bench, node_engine, quick
 
 __all__ = ["quick"]
 
@@ -95,6 +97,32 @@ async def test_a_wish_that_never_fits_waits_quietly(tmp_path: Path) -> None:
         await it.until(lambda: len(it.node._wanted.engines) == 2)
         e = await it.tells("b", tier="disk", to="disk")
         assert (e.failed, it.there("b").calls) == ("", [])
+
+
+async def test_a_server_that_fell_asleep_counts_with_what_it_keeps_and_not_with_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was seen of it while it was awake takes no room from others once it sleeps."""
+    looks = ScriptedDriver.look
+
+    async def look(self: ScriptedDriver) -> Look:
+        return dataclasses.replace(await looks(self), device_bytes=20 * GB if self.level is None else GB)
+
+    monkeypatch.setattr(ScriptedDriver, "look", look)
+    async with bench(tmp_path, node_engine("a"), at_start=("a",)) as it:
+        await it.tells("a", tier="gpu")
+        await it.until(lambda: it.node._engines["a.n.0"].look.device_bytes == 20 * GB)
+        usable: list[int] = []
+        hold = it.node._hold
+
+        async def held() -> None:
+            await hold()
+            usable.append(it.node.ledgers["n.0"].usable_bytes)
+
+        monkeypatch.setattr(it.node, "_hold", held)
+        await it.want(a="sleeping")
+        await it.until(lambda: 39 * GB in usable)
+        assert set(usable) <= {40 * GB, 39 * GB}
 
 
 async def test_host_memory_bounds_who_sleeps(tmp_path: Path) -> None:

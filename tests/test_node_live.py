@@ -218,3 +218,23 @@ async def test_a_fleet_of_gpus_comes_up_wakes_models_on_demand_and_leaves_nothin
             await queue.close()
         await asyncio.to_thread(stack.stop)
     assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+async def test_nodes_go_to_another_pool_with_their_engines(fleet: Path, tmp_path: Path) -> None:
+    """`Stack.start_scheduler` with another pool: agents let go of servers, which the next ones take over as they are."""
+    stack = Stack(load_fleet(fleet), logs=tmp_path / "logs")
+    try:
+        await asyncio.to_thread(stack.start)
+        before = {p.name: json.loads(p.read_text())["pid"] for p in stack.logs.rglob("engines/*.json")}
+        agent = stack.pids()["node n1"]
+        await asyncio.to_thread(stack.start_scheduler, pool="other")
+        assert [e.engine_id for e in await asyncio.to_thread(lambda: stack.engines)] == ["a.n1.0"]
+        assert {p.name: json.loads(p.read_text())["pid"] for p in stack.logs.rglob("engines/*.json")} == before
+        assert stack.pids()["node n1"] != agent
+        queue = RedisQueue(stack.redis_url, pool="other")
+        assert [e.engine_id for e in await queue.fleet()] == ["a.n1.0"]
+        await queue.close()
+    finally:
+        await asyncio.to_thread(stack.stop)
+    assert all(gone(pid) for pid in before.values())

@@ -89,7 +89,7 @@ def test_the_wheel_names_its_licence_and_its_command(wheel: Path) -> None:
     assert "maestro = maestro_agents.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    assert {"dev", "eval", "matrix", "ray", "vllm"} == {
+    assert {"dev", "eval", "matrix", "proxy", "ray", "vllm"} == {
         line.removeprefix("Provides-Extra: ") for line in metadata.splitlines() if line.startswith("Provides-Extra")
     }
 

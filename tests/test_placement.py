@@ -377,6 +377,26 @@ def test_a_fleet_with_nothing_to_place_has_no_tiers(tmp_path: Path) -> None:
     assert [e[0] for e in events if e[0] in {"tier", "done"}] == ["done"]
 
 
+def test_a_static_partition_moves_nothing_and_its_models_take_turns(tmp_path: Path) -> None:
+    """Both models stay where the fleet starts them, each with its equal part of the KV memory; beside each other they are slower."""
+    on = fleet(tmp_path, {"a": SMALL, "b": SMALL}, start='a", "b')
+    boards: list[Board] = []
+    gone = board(waiting("b", 60, 90.0), gpus=[[resident("a"), resident("b", "disk")]])
+    assert placement.static(gone, 100.0) == []
+    policy = dataclasses.replace(
+        POLICIES["static"], place=watched(placement.static, lambda b, _: boards.append(b)).place
+    )
+    took: dict[str, float] = {}
+    for models in ("a", "ab"):
+        events = play(workload([(10.0, chain(m)) for m in models]), on, policy)
+        assert not [e for e in events if e[0] == "tier"]
+        took[models] = max(e[6] - e[4] for e in events if e[0] == "end")
+    assert took["ab"] > 1.8 * took["a"]
+    a, b = boards[-1].gpus[0].residents
+    assert abs(a.kv_bytes - b.kv_bytes) < 0.01 * a.kv_bytes
+    assert a.hbm_bytes + a.kv_bytes + b.hbm_bytes + b.kv_bytes <= boards[-1].gpus[0].usable_bytes
+
+
 def test_a_wake_that_a_node_did_not_survive_is_made_again(tmp_path: Path) -> None:
     """It does not end when it would have: the server is started anew, and the stage waits for that one."""
     down = Outage(cluster="local", from_s=30.0, to_s=35.0)

@@ -19,7 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-KINDS = ("app", "scheduler", "engine", "redis")
+KINDS = ("app", "scheduler", "engine", "redis", "node")
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
@@ -73,6 +73,25 @@ def order(name: str) -> str:
     return (
         f"{table}\n\nInteractive p95, Maestro over first come first served: **{result['interactive_p95_ratio']:.2f}**. "
         f"Label: `{result['label']}`. Raw events: `docs/results/{name}.json`."
+    )
+
+
+def calibrate(name: str) -> str:
+    """A real engine and the emulator with its measured profile, under the same load."""
+    r = load(name)
+    body: list[list[str]] = []
+    for side, what in (("engine", "vLLM"), ("emulator", "emulator"), ("model", "the engine model alone")):
+        cells = [what, *(f"{r['sides'][side][f'{p}_s']:.2f} s" for p in ("p50", "p95"))]
+        for p in ("p50", "p95"):
+            ratio = r["ratios"].get(side, {}).get(p)
+            cells.append(f"{ratio['ratio']:.3f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "1")
+        share = r["sides"][side]["generator_cpu_share"]
+        body.append([*cells, f"{share:.0%}" if share else ""])
+    head = ["run completion", "p50", "p95", "ratio of p50 (95 % interval)", "ratio of p95", "load generator's core"]
+    return (
+        f"{rows(head, body)}\n\nLabel: `CPU-protocol-verified`. {r['engine']}; {r['repeats']} repeats in turn, "
+        f"{r['sides']['engine']['runs']} runs a side; engine and emulator on core {r['engine_cores'][0]}, load generator on core "
+        f"{r['generator_cores'][0]}; load average {r['load_average']:.1f}. Profile: `{r['profile']}`. Raw: `docs/results/{name}.json`."
     )
 
 
@@ -508,7 +527,38 @@ def scale(name: str) -> str:
     return "\n\n".join(parts) + f"\n\nLabel: `{result['label']}`. Raw: `docs/results/{name}.json`."
 
 
+def place(name: str) -> str:
+    """Models that share GPUs: each policy live, and the same played by the simulator."""
+    r = load(name)
+    body: list[list[str]] = []
+    for row in r["rows"]:
+        seconds = " / ".join(f"{row[f'completion_{q}_s']:.0f}" for q in ("p50", "p95", "p99"))
+        kv = " / ".join(f"{row[f'kv_{what}_byte_s'] / 2**40:.3g}" for what in ("used", "reserved"))
+        counts = " / ".join(f"{row[what]:.0f}" for what in ("cold_starts", "wakes", "sleeps", "preemptions"))
+        shares = (percent(row, figure) for figure in ("slo", "slo_interactive", "slo_batch"))
+        body.append(
+            [row["policy"], row["played"], *shares, seconds, f"{row['delay_interactive_mean_s']:.1f} s", counts, kv]
+        )
+    head = ["policy", "played", "deadlines met", "interactive", "batch", "run p50 / p95 / p99 s", "mean delay"]
+    table = rows([*head, "cold starts / wakes / sleeps / preempted", "KV used / reserved, TiB s"], body)
+    off = "; ".join(
+        f"{policy} {100 * d['slo']:+.1f} points, p50 {d['completion_p50_s']:+.1f} s, p95 {d['completion_p95_s']:+.1f} s"
+        for policy, d in r["difference"].items()
+    )
+    checks = r["checks"].values()
+    moves = [m for of in r["moves"].values() for m in of if not m["error"]]
+    return (
+        f"{table}\n\nLive less simulated, the cost of the real scheduler, Redis and clocks: {off}. "
+        f"Over-commits in {sum(c['reports'] for c in checks):,} reports of the node: {sum(len(c['over']) for c in checks)}; counted by "
+        f"the emulated GPUs: {sum(c['violations'] for c in checks)}. {len(moves)} moves, each with its seconds and bytes in the "
+        f"file. {r['workload']['runs']} runs, {r['workload']['stages']} calls, seed {r['seed']}. Label: `{r['label']}`. "
+        f"Raw: `docs/results/{name}.json`."
+    )
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "place": place,
+    "place-vllm": place,
     "simulate-contention": contention,
     "simulate-loads": sweep,
     "simulate-bursts": bursts,
@@ -535,6 +585,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "overhead": overhead,
     "order-vllm": order,
     "faults-vllm": faults,
+    "calibrate-vllm": calibrate,
     "demo": demo,
 }
 

@@ -35,7 +35,7 @@ from maestro_agents.ports import Queue
 from maestro_agents.queue.embedded import EmbeddedRedis, ping
 from maestro_agents.settings import Settings
 from maestro_serving.node import DRAIN_S
-from maestro_serving.processes import GRACE_S, EngineProcess, engine_command, free_port
+from maestro_serving.processes import GRACE_S, EngineProcess, engine_command, free_port, kept_pid
 from maestro_serving.vllm import VllmProbe
 
 FIRST_BACKOFF_S: Final = 0.5
@@ -102,8 +102,8 @@ class Stack:
 
     @property
     def engines(self) -> tuple[EngineSpec, ...]:
-        """The fleet as it runs, engines of nodes aside: those come and go (`maestro node --status`)."""
-        return self.fleet.running()
+        """The fleet as it runs; of the engines of nodes, which come and go (`maestro node --status`), those that serve now."""
+        return (*self.fleet.running(), *(self._call(self._serving()) if self._nodes else ()))
 
     def pids(self) -> dict[str, int]:
         """The processes that run now, by part."""
@@ -131,9 +131,10 @@ class Stack:
         return self
 
     def start_scheduler(self, *, policy: str | None = None, pool: str | None = None) -> None:
-        """Start the scheduler, in place of the one that runs. ``pool``: another than the fleet's."""
-        if pool is not None:
+        """Start the scheduler, in place of the one that runs. ``pool``: another than the fleet's; nodes go there with their engines."""
+        if pool is not None and pool != self.fleet.pool:
             self.fleet = dataclasses.replace(self.fleet, pool=pool)
+            self._move_nodes()
         self.policy = policy or self.policy
         fleet_file = self.fleet.file
         if fleet_file is None:
@@ -194,11 +195,25 @@ class Stack:
             return _kill(self._scheduler.pid)
 
     def kill_engine(self, engine_id: str) -> int:
-        """Kill -9 an engine that was launched here; returns the pid it had. It comes back at the same URL."""
+        """Kill -9 an engine that was launched here, by a node's agent or without one; returns the pid it had. It comes back."""
         engine = self._engines.get(engine_id)
-        if engine is None or not engine.pid:
+        folders = (self._nodes_state / node_id / "engines" for node_id in self._nodes)
+        pid = engine.pid if engine else next(filter(None, (kept_pid(folder, engine_id) for folder in folders)), 0)
+        if not pid:
             raise ConfigError(f"engine {engine_id!r} was not launched here, or does not run")
-        return _kill(engine.pid)
+        return _kill(pid)
+
+    def kill_node(self, node_id: str) -> int:
+        """Kill -9 a node's agent; returns the pid it had. Another one takes its servers over."""
+        with self._lock:
+            node = self._nodes.get(node_id)
+        if node is None or not node.pid:
+            raise ConfigError(f"node {node_id!r} has no agent here, or it does not run")
+        return _kill(node.pid)
+
+    @property
+    def _nodes_state(self) -> Path:
+        return self.logs / "nodes"
 
     def restart_redis(self, *, kill: bool = True) -> None:
         """Restart the embedded Redis at the same URL; what it knew is gone unless it is ``appendonly``."""
@@ -274,7 +289,7 @@ class Stack:
     def _spawn_node(self, node_id: str) -> guard.Guarded:
         command = [
             *(sys.executable, "-m", "maestro_agents.cli", "node", "--fleet", str(self.fleet.file), "--node", node_id),
-            *("--redis-url", self.redis_url, "--pool", self.fleet.pool, "--state", str(self.logs / "nodes")),
+            *("--redis-url", self.redis_url, "--pool", self.fleet.pool, "--state", str(self._nodes_state)),
         ]
         # In order it ends only once its engines have finished what they run.
         log = self.logs / f"node-{node_id}.log"
@@ -286,6 +301,18 @@ class Stack:
     def _node_again(self, node_id: str) -> None:
         self._nodes[node_id].stop()
         self._nodes[node_id] = self._spawn_node(node_id)
+
+    def _move_nodes(self) -> None:
+        """Let agents leave their servers to others, which take them over for the pool that is ours now."""
+        with self._lock:
+            for node_id, node in self._nodes.items():
+                os.kill(node.pid, signal.SIGHUP)
+                give_up_at = time.monotonic() + GRACE_S
+                while node.alive() and time.monotonic() < give_up_at:
+                    time.sleep(LOOK_EVERY_S)
+                self._node_again(node_id)
+        if self._nodes:
+            self._call(self._nodes_report())
 
     async def _nodes_report(self) -> None:
         """Wait until each node has brought up what it starts with, or said why it cannot."""
@@ -312,6 +339,16 @@ class Stack:
                 await asyncio.sleep(LOOK_EVERY_S)
         finally:
             await queue.close()
+
+    async def _serving(self) -> list[EngineSpec]:
+        from maestro_agents.queue.redis import RedisQueue
+
+        queue = RedisQueue(self.redis_url, pool=self.fleet.pool)
+        try:
+            reports = await queue.reports(await queue.server_time_s())
+        finally:
+            await queue.close()
+        return [e.spec for report in reports for e in report.engines if e.tier == e.to == "gpu"]
 
     def _spawn_scheduler(self) -> guard.Guarded:
         return guard.spawn(self._scheduler_command, log=self.logs / "scheduler.log", env=_environment())

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final, cast
 
 import httpx
@@ -244,3 +247,14 @@ def _why(reply: httpx.Response) -> str:
     except (ValueError, KeyError, TypeError):
         return f"status {reply.status_code}"
     return str(cast("dict[str, Any]", said).get("message")) if isinstance(said, dict) else str(said)
+
+
+async def states(node: Path) -> Mapping[int, Mapping[str, Any]]:
+    """What the emulated GPUs of a node say of themselves (`emulated_gpu.GpuProcess.state`), by process. ``node``: its state folder."""
+    found: dict[int, Mapping[str, Any]] = {}
+    async with httpx.AsyncClient(timeout=LOOK_LIMIT_S, trust_env=False) as http:
+        for path in await asyncio.to_thread(lambda: sorted(node.glob("engines/emulated-*.json"))):
+            with contextlib.suppress(OSError, ValueError, KeyError, httpx.HTTPError):
+                said = json.loads(await asyncio.to_thread(path.read_text, encoding="utf-8"))
+                found[int(said["pid"])] = (await http.get(f"http://127.0.0.1:{said['port']}/state")).json()
+    return found

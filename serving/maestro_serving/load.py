@@ -11,7 +11,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,3 +290,26 @@ def _tree(pid: int) -> list[int]:
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     return found
+
+
+class Wire:
+    """Requests to engines as somebody made them, each answer read to its end."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s), trust_env=False, limits=limits)
+
+    async def stream(self, url: str, body: Mapping[str, Any], feed: Callable[[bytes], None], *, token: str = "") -> int:
+        """The status; 0 where nobody answered. ``feed`` gets the bytes of a 200 as they come, none after it broke off."""
+        status = 0
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        with suppress(httpx.HTTPError):
+            async with self._http.stream("POST", url, json=body, headers=headers) as reply:
+                status = reply.status_code
+                async for chunk in reply.aiter_raw():
+                    if status == 200:
+                        feed(chunk)
+        return status
+
+    async def aclose(self) -> None:
+        await self._http.aclose()

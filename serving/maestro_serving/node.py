@@ -295,6 +295,7 @@ class Node:
                 memory_bytes=gpu.memory_bytes,
                 usable_bytes=self.ledgers[gpu.gpu_id].usable_bytes,
                 level=self.ledgers[gpu.gpu_id].level,
+                held_bytes=self.ledgers[gpu.gpu_id].held_bytes,
             )
             for gpu in self.host.gpus
         ]
@@ -529,6 +530,8 @@ class Node:
             await asyncio.sleep(BEAT_S / 2)
             work, began_mono_s = e.work, time.monotonic()
             look = await e.driver.look()
+            if began_mono_s < e.looked_mono_s:
+                continue  # a move has looked meanwhile, at its end
             e.looked_mono_s = began_mono_s
             if e.work is None and work is None:  # what is seen during a move is neither here nor there
                 self._believe(e, look)
@@ -723,7 +726,8 @@ class Node:
                 await driver.wake()
             case "sleep 1" | "sleep 2":
                 await driver.sleep(1 if does == "sleep 1" else 2)
-                look = await driver.look()
+                e.looked_mono_s = time.monotonic()
+                look = e.look = await driver.look()  # what it keeps of its GPU is counted from now on
                 if look.asleep is None:  # it said yes, and did not
                     raise EngineUnavailable(f"engine {e.id} was put to sleep and is awake")
             case "stop" | "stop, forget":

@@ -88,6 +88,14 @@ def engine_command(spec: EngineSpec, launch: Launch, *, port: int) -> EngineComm
     return EngineCommand(argv=(*argv, *launch.args), env={"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
 
 
+def kept_pid(folder: Path, name: str) -> int:
+    """The process of a server that `Kept` runs under this name, 0 where none is known."""
+    try:
+        return int(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["pid"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
 class Kept:
     """A server that outlives its agent for ``lease_s``: run by a keeper, known by a file in ``folder``.
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -70,12 +71,13 @@ def measure_faults(
     events: Events = None,
     as_json: Json = False,
 ) -> None:
-    """Kill -9 of app, scheduler, engine and Redis under load. Example: maestro bench faults --engine vllm --times 20"""
+    """Kill -9 of app, scheduler, engine, Redis, and the node agent of real vLLM, under load. Example: maestro bench faults --engine vllm --times 20"""
     from maestro_agents.cli.bench import faults as bench
 
-    kinds = tuple(kind or bench.KINDS)
-    if wrong := set(kinds) - set(bench.KINDS):
-        raise ConfigError(f"--kind {min(wrong)!r}: one of {', '.join(bench.KINDS)}")
+    known = bench.NODE_KINDS if engine == "vllm" else bench.KINDS
+    kinds = tuple(kind or known)
+    if wrong := set(kinds) - set(known):
+        raise ConfigError(f"--kind {min(wrong)!r}: one of {', '.join(known)} (node: with --engine vllm)")
     console = Console(stderr=True)
     out = events.open("w", encoding="utf-8") if events else None
     with Progress(
@@ -711,6 +713,69 @@ def measure_kv(
             f"there is, and moves refused for want of memory. Label: emulated, {bench.SPEED:g} times as fast as the hardware; seed {seed}."
         )
     if any(r["violations"] or r["completed"] < r["requests"] for r in rows):
+        raise typer.Exit(1)
+
+
+@bench_app.command("place")
+def measure_place(
+    engine: Engine = "emulator",
+    fleet: Annotated[
+        Path,
+        typer.Option("--fleet", help="Of emulated GPUs: a file with [[gpu]]; its `models` are the static partition."),
+    ] = Path("serving/deploy/fleet.node-8models-2gpus.toml"),
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="Repeat for more. Default: ours, no-colocation (one model per GPU), static."),
+    ] = None,
+    runs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs that arrive, one in about three seconds. Default: 100; with vLLM 20."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Runs, and moments of their arrival.")] = 0,
+    speed: Annotated[
+        float, typer.Option(min=0.1, help="Emulated: so much faster than the hardware, arrivals and deadlines along.")
+    ] = 1.0,
+    profile: Annotated[
+        str,
+        typer.Option("--profile", help="With vLLM: of its engines, for the simulator; a file of `maestro calibrate`."),
+    ] = "cpu-tiny",
+    events_out: Annotated[
+        Path | None, typer.Option("--events-out", help="Every event of every play as JSON lines (.gz: gzipped).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Models that share GPUs, placed live under load; the simulator's figure beside it. Example: maestro bench place --policy ours --policy static
+
+    Real Redis, scheduler and node agents on emulated GPUs, or on two real vLLM engines that share a CPU core. That memory is never
+    over-committed is part of what is measured: exit code 1 where it was.
+    """
+    from maestro_agents.cli.bench import place as bench
+    from maestro_agents.cli.bench import place_cpu
+    from maestro_agents.cli.serve import check_policy
+
+    policies = list(dict.fromkeys(policy or bench.DEFAULT_POLICIES))
+    for name in policies:
+        check_policy(name)
+    if events_out is not None and not events_out.resolve().parent.is_dir():
+        raise ConfigError(f"{events_out}: there is no folder {events_out.parent}")
+    if engine not in {"emulator", "vllm"}:
+        raise ConfigError(f"--engine {engine!r}: emulator or vllm")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        TemporaryDirectory(prefix="maestro-place-") as folder,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        if engine == "vllm":
+            bed = place_cpu.real(Path(folder), runs=runs or 20, seed=seed, profile=profile)
+        else:
+            bed = bench.emulated(fleet, runs=runs or 100, seed=seed, speed=speed)
+        task = progress.add_task("runs ended", total=len(bed.workload.runs) * len(policies))
+        found = bench.run(bed, policies, seed=seed, events_out=events_out, look=lambda: progress.advance(task))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        bench.show(found)
+    if any(c["over"] or c["violations"] for c in found["checks"].values()):
         raise typer.Exit(1)
 
 

@@ -33,6 +33,9 @@ from maestro_agents.errors import QueueUnavailable
 from maestro_agents.queue.redis import RedisQueue
 
 KINDS: Final = ("app", "scheduler", "engine", "redis")
+NODE_KINDS: Final = (*KINDS, "node")
+"""Where engines stand under a node agent, as real vLLM does here, that one is killed too."""
+
 LEASE_S: Final = 5.0
 RUNS: Final = 8
 RATE_PER_S: Final = 4.0
@@ -140,6 +143,9 @@ async def trial(stack: Stack, kind: str, seed: int, survivor: App, queue: RedisQ
     elif kind == "engine":
         what = "engine " + rng.choice([e.engine_id for e in stack.engines])
         await asyncio.to_thread(stack.kill_engine, what.split()[1])
+    elif kind == "node":
+        what = "node " + stack.fleet.nodes[0]
+        await asyncio.to_thread(stack.kill_node, stack.fleet.nodes[0])
     else:
         what = "redis"
         await asyncio.to_thread(stack.restart_redis, kill=True)
@@ -208,10 +214,11 @@ async def measure(
     queue = RedisQueue(stack.redis_url, pool=stack.fleet.pool)
     survivor = await App.start(stack.redis_url, stack.fleet.pool, scale, stack.logs / "app.log")
     rows: list[dict[str, Any]] = []
+    engines = len(await asyncio.to_thread(lambda: stack.engines))
     try:
         for k, kind in enumerate(kinds):
             for i in range(times):
-                await healthy(queue, len(stack.engines))
+                await healthy(queue, engines)
                 row = await trial(stack, kind, seed + 1000 * k + i, survivor, queue, scale)
                 rows.append(row)
                 say(row)
@@ -247,7 +254,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ``kept``: every run ended well, and nothing was left. ``survived``: that, and all reservations were back within two leases.
     """
     found: list[dict[str, Any]] = []
-    for kind in KINDS:
+    for kind in NODE_KINDS:
         mine = [r for r in rows if r["kind"] == kind]
         if not mine:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Final
 from maestro_agents.cli.up import Stack
 from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError
-from maestro_agents.fleet import Fleet, Launch
-from maestro_agents.predict.memory import KvShape
+from maestro_agents.fleet import Fleet, Launch, load_fleet
 
 MODEL: Final = "bench"
 MODEL_PATH_ENV: Final = "MAESTRO_VLLM_MODEL"
@@ -31,7 +31,7 @@ def emulated(
     logs: Path | None = None,
     notice: Callable[[str], None] = lambda _line: None,
 ) -> Stack:
-    """A stack of emulated engines: every number from it carries the label ``emulated``."""
+    """Emulated engines: every number from it carries the label ``emulated``."""
     names = [chr(ord("a") + i) for i in range(engines)]
     fleet = Fleet(
         engines=tuple(EngineSpec(engine_id=n, url="", model=MODEL, slots=slots) for n in names),
@@ -49,42 +49,45 @@ def real_vllm(
     logs: Path | None = None,
     notice: Callable[[str], None] = lambda _line: None,
 ) -> Stack:
-    """A stack of real vLLM engines, one per CPU core (label ``CPU-protocol-verified``). Raises `ConfigError`."""
+    """Real vLLM engines, one per CPU core, under one node agent (label ``CPU-protocol-verified``). Raises `ConfigError`."""
     folder = os.environ.get(MODEL_PATH_ENV, "")
     if not Path(folder, "config.json").is_file():
         raise ConfigError(
             f"{MODEL_PATH_ENV} must name the folder of a small model for vLLM: "
             "python serving/vllm_cpu/tiny_model.py DIR makes one (see docs/vllm-cpu.md)"
         )
-    names = [chr(ord("a") + i) for i in range(engines)]
-    shape = KvShape.from_config(_config(folder))
-    fleet = Fleet(
-        engines=tuple(
-            shape.on(EngineSpec(engine_id=n, url="", model=MODEL, slots=slots, max_model_len=2048)) for n in names
-        ),
-        launches={
-            n: Launch(
-                kind="vllm",
-                model_path=folder,
-                kv_cache_memory_bytes=KV_BYTES,
-                cpu_core=i % (os.cpu_count() or 1),
-                args=_seqs(max_num_seqs),
-            )
-            for i, n in enumerate(names)
-        },
+    stack = Stack(Fleet(), policy=policy, logs=logs, notice=notice)
+    stack.logs.mkdir(parents=True, exist_ok=True)
+    file = stack.logs / "nodes.toml"
+    args = json.dumps(list(_seqs(max_num_seqs)))
+    file.write_text(
+        f"""[[gpu]]
+kind = "cpu"
+count = {engines}
+node = "bench"
+cpu_core = 0
+memory_gb = 3
+models = ["{MODEL}"]
+
+[[model]]
+name = "{MODEL}"
+slots = {slots}
+max_model_len = 2048
+[model.launch]
+kind = "vllm"
+model_path = {json.dumps(str(Path(folder).resolve()))}
+kv_cache_memory_bytes = {KV_BYTES}
+args = {args}
+""",
+        encoding="utf-8",
     )
-    return Stack(fleet, policy=policy, logs=logs, notice=notice)
+    stack.fleet = load_fleet(file)
+    return stack
 
 
 def _seqs(max_num_seqs: int | None) -> tuple[str, ...]:
     """Fewer at once than Maestro grants; the last word on the command line counts."""
     return ("--max-num-seqs", str(max_num_seqs)) if max_num_seqs else ()
-
-
-def _config(folder: str) -> dict[str, object]:
-    import json
-
-    return dict(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
 
 
 def label(kind: str) -> str:

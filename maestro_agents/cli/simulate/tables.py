@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from rich.box import SIMPLEHEAD
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from scipy import special
@@ -127,7 +127,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def _table(found: Mapping[str, Any], columns: Sequence[int]) -> Table:
-    table = Table(box=SIMPLEHEAD, title=f"{found['workload']['name']} on {found['fleet']['name']}: {found['label']}")
+    table = Table(box=SIMPLE_HEAD, title=f"{found['workload']['name']} on {found['fleet']['name']}: {found['label']}")
     for name in (*HEAD[:2], *(HEAD[n] for n in columns)):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     last = None
@@ -135,12 +135,13 @@ def _table(found: Mapping[str, Any], columns: Sequence[int]) -> Table:
         if last not in {None, (row["load"], row["burst"])}:
             table.add_section()
         last = row["load"], row["burst"]
-        cells = cells(row)
-        table.add_row(*cells[:2], *(cells[n] for n in columns))
+        shown = cells(row)
+        table.add_row(*shown[:2], *(shown[n] for n in columns))
     return table
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
+    """What the table shows of a row, by `HEAD`."""
     return [
         row["policy"],
         f"{row['load']:g}" + (f" to {row['burst']:g}" if row["burst"] else ""),

@@ -1,0 +1,799 @@
+"""`maestro bench place`: models that share GPUs, placed live by several policies, and the same played by the simulator.
+
+A workload of recorded runs (the package's own), its roles spread over the fleet's models so that their work falls off as ranks do.
+It is played live: every stage in the order of its run's graph through the real client to the granted engine, as the gate does it,
+on a real Redis, scheduler, node agents and engines; prompts and answers have the recorded lengths. And it is played by the
+simulator, with the same fleet, policy and lengths. What was seen live is written as the simulator's own events and counted by its
+own scorer. Emulated engines are the simulator's engine model on a real clock: what differs between the two rows of a policy is the
+cost of the real scheduler, Redis and clocks.
+
+`static` begins with all models that the fleet file starts; the others with the first of each GPU, the rest where their files are.
+Memory is looked at in every report of a node: weights, servers and KV of a GPU's engines against what it has, sleeping weights
+against host memory; and emulated GPUs count by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from maestro_agents.cli.simulate.plays import Play, Played, longest_of
+from maestro_agents.cli.simulate.tables import HEAD, WIDTH, cells
+from maestro_agents.cli.simulate.tables import rows as figures_of
+from maestro_agents.cli.up import Stack
+from maestro_agents.client import Client, Pass
+from maestro_agents.core import RunEnd, ServiceClass, Ticket
+from maestro_agents.errors import ConfigError, MaestroError
+from maestro_agents.fleet import load_fleet, load_tables
+from maestro_agents.nodes import Move, NodeReport
+from maestro_agents.policy import POLICIES
+from maestro_agents.predict.prefix import prompt_blocks
+from maestro_agents.queue.redis import RedisQueue
+from maestro_agents.simulator.compose import POPULARITY
+from maestro_agents.simulator.hardware import Gpu, Served, SimFleet, SimModel, load_sim_fleet
+from maestro_agents.simulator.score import Score
+from maestro_agents.simulator.workload import REFERENCE, Run, Stage, Workload, sample, write_lines
+from maestro_agents.simulator.world import EVENTS, Event, World
+from maestro_langgraph.stream import Usage, Watcher
+from maestro_serving.emulated_driver import states
+from maestro_serving.load import Wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bed:
+    """What is played, and where."""
+
+    engine: str
+    label: str
+    #: Its `models` are the static partition.
+    fleet: Path
+    workload: Workload
+    #: The same fleet for the simulator: as a policy begins with it (its file and name), moves taking what was measured so far.
+    sim: Callable[[Path, str, Sequence[Move]], SimFleet]
+    speed: float = 1.0
+    arrivals_per_s: float = 0.0
+    #: Models that have served a call before the play begins.
+    warm: tuple[str, ...] = ()
+
+
+DEFAULT_POLICIES: Final = ("ours", "no-colocation", "static")
+FLEET: Final = "serving/deploy/fleet.node-8models-2gpus.toml"
+RUNS_PER_S: Final = 1 / 3
+"""Arrivals a second, at the speed of the hardware."""
+
+LONGEST_DEADLINE_S: Final = 150.0
+"""Runs with a longer one are left out: play goes on for so long after the last arrival."""
+
+LOOK_S: Final = 0.1
+"""How often the nodes' reports are read, which come at least twice a second."""
+
+WAIT_S: Final = 600.0
+_AGAIN: Final = frozenset({0, 429, 503})
+"""Where an engine is gone, or busy, a stage waits again."""
+
+TOKENS: Final = range(16, 256)
+"""Prompts are made of these; every vocabulary has them."""
+
+
+# -- what is played ------------------------------------------------------------------------------------------------------
+def workload_of(fleet: SimFleet, *, runs: int, seed: int, speed: float = 1.0) -> Workload:
+    """Recorded runs that fit the fleet's engines, in a seeded order, arriving by a Poisson process of a fixed rate.
+
+    Every role gets a model, the one that lacks most of its share of the work, as `simulator.compose` does it. Predictions that the
+    workload brings are left out: live nobody has them, both learn while they play. ``speed``: all seconds are divided by it.
+    """
+    longest = longest_of(fleet)
+    names, most = list(longest), min(longest.values())
+    found = [
+        r
+        for r in sample().runs
+        if r.deadline_s <= LONGEST_DEADLINE_S and all(s.prompt_tokens + s.output_tokens <= most for s in r.stages)
+    ]
+    if not found:
+        raise ConfigError(
+            f"no recorded run is as short as this fleet's models take ({most} tokens): a larger max_model_len"
+        )
+    model_of = _spread(found, names)
+    rng = random.Random(f"{seed} place")
+    order: list[Run] = []
+    while len(order) < runs:
+        order += rng.sample(found, len(found))
+    window_s = runs / RUNS_PER_S / speed
+    at = sorted(rng.uniform(0.0, window_s) for _ in range(runs))
+    made = tuple(_made(r, f"r{n}", at_s, model_of, speed) for n, (r, at_s) in enumerate(zip(order, at, strict=False)))
+    return Workload(
+        name=f"everything, {len(names)} models",
+        runs=made,
+        warmup_s=window_s / 6,
+        window_s=window_s,
+        horizon_s=window_s + LONGEST_DEADLINE_S / speed,
+        source=f"{sample().source}; {len(found)} of {len(sample().runs)} runs with calls of at most {most} tokens and deadlines of "
+        f"at most {LONGEST_DEADLINE_S:g} s, {runs} of them in order of seed {seed}",
+    )
+
+
+def _spread(runs: Sequence[Run], models: Sequence[str]) -> Mapping[str, str]:
+    """Role -> model, so that the n-th model gets about 1 / n ** `POPULARITY` of the work of the first."""
+    asked_s: defaultdict[str, float] = defaultdict(float)
+    for run in runs:
+        for stage in run.stages:
+            asked_s[stage.role] += REFERENCE.call_s(stage)
+    weights = [1 / n**POPULARITY for n in range(1, len(models) + 1)]
+    lacking = [w / sum(weights) * sum(asked_s.values()) for w in weights]
+    found: dict[str, str] = {}
+    for role, seconds in sorted(asked_s.items(), key=lambda kv: (-kv[1], kv[0])):
+        most = max(range(len(models)), key=lambda m: (lacking[m], -m))
+        lacking[most] -= seconds
+        found[role] = models[most]
+    return found
+
+
+def _made(run: Run, run_id: str, at_s: float, model_of: Mapping[str, str], speed: float) -> Run:
+    stages = (dataclasses.replace(s, model=model_of[s.role], gap_s=s.gap_s / speed, foreseen=None) for s in run.stages)
+    return dataclasses.replace(
+        run,
+        run_id=run_id,
+        at_s=at_s,
+        deadline_s=run.deadline_s / speed,
+        end_gap_s=run.end_gap_s / speed,
+        stages=tuple(stages),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Faster(SimModel):
+    """So much faster than the hardware, moves included: as an emulated engine with ``--speed``."""
+
+    speed: float
+
+    def on(self, gpu: Gpu, kv_bytes: int | None = None) -> Served:
+        served = SimModel.on(self, gpu, kv_bytes)
+        seconds = {
+            f.name: getattr(served.tiers, f.name) / self.speed
+            for f in dataclasses.fields(served.tiers)
+            if f.name.endswith("_s")
+        }
+        tiers = dataclasses.replace(served.tiers, **seconds)
+        return dataclasses.replace(served, profile=served.profile.faster(self.speed), tiers=tiers)
+
+
+def sim_fleet(path: Path, speed: float) -> SimFleet:
+    """The fleet file for the simulator, at a speed."""
+    fleet = load_sim_fleet(path)
+    if speed == 1.0:
+        return fleet
+    models = {
+        name: _Faster(**{f.name: getattr(m, f.name) for f in dataclasses.fields(m)}, speed=speed)
+        for name, m in fleet.models.items()
+    }
+    engines = tuple(dataclasses.replace(e, profile=e.profile.faster(speed)) for e in fleet.engines)
+    return dataclasses.replace(fleet, models=models, engines=engines)
+
+
+def write_start(path: Path, into: Path, *, policy: str, speed: float) -> None:
+    """Write a fleet file as a policy begins with it: `static` with all that it starts, the others with the first of each GPU."""
+    tables = load_tables(path)
+    lines = [f"pool = {json.dumps(tables.live.pool)}"]
+    for cluster in tables.clusters:
+        lines += ["", "[[cluster]]", *_keys(cluster.model_dump(exclude_defaults=True))]
+    for gpu in tables.gpus:
+        models = gpu.models if policy == "static" else gpu.models[:1]
+        lines += ["", "[[gpu]]", *_keys({**gpu.model_dump(exclude_defaults=True), "models": models})]
+    for n, model in enumerate(tables.models):
+        lines += ["", "[[model]]", *_keys(model.model_dump(exclude_defaults=True, exclude={"launch"}))]
+        said: dict[str, Any] = {"kind": "emulator"} | (
+            model.launch.model_dump(exclude_defaults=True) if model.launch else {}
+        )
+        if policy == "static" and said.get("kv_cache_memory_bytes"):  # such a server has what it started with
+            said["kv_cache_memory_bytes"] //= max(
+                (len(g.models) for g in tables.gpus if model.name in g.models), default=1
+            )
+        if said.get("model_path"):
+            said["model_path"] = tables.launched(n)[1].model_path
+        if said["kind"] == "emulator" and speed != 1.0:
+            said["args"] = [*said.get("args", []), "--speed", f"{speed:g}"]
+        lines += ["[model.launch]", *_keys(said)]
+    into.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _keys(said: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {json.dumps(value)}" for key, value in said.items()]
+
+
+def emulated(fleet: Path, *, runs: int, seed: int, speed: float = 1.0) -> Bed:
+    """Emulated GPUs."""
+    return Bed(
+        engine="emulator",
+        label="emulated",
+        fleet=fleet,
+        workload=workload_of(sim_fleet(fleet, speed), runs=runs, seed=seed, speed=speed),
+        sim=lambda file, _policy, _moves: sim_fleet(file, speed),
+        speed=speed,
+        arrivals_per_s=RUNS_PER_S * speed,
+    )
+
+
+# -- memory and moves ----------------------------------------------------------------------------------------------------
+@dataclass(kw_only=True)
+class Watch:
+    """What nodes and emulated GPUs say while a workload is played."""
+
+    reports: int = 0
+    #: Instants at which more memory was taken than there is, by the nodes' own ledgers, in words.
+    over: list[str] = field(default_factory=list[str])
+    #: The largest share of a GPU that was ever taken.
+    peak: float = 0.0
+    moves: dict[tuple[str, float], Move] = field(default_factory=dict[tuple[str, float], Move])
+    gpu_of: dict[str, str] = field(default_factory=dict[str, str])
+    levels: Counter[str] = field(default_factory=Counter[str])
+    preempted: Counter[str] = field(default_factory=Counter[str])
+    #: Emulated GPU's process -> what it counted last.
+    gpus: dict[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
+    _last: dict[str, int] = field(default_factory=dict[str, int])
+    _told_at_s: dict[str, float] = field(default_factory=dict[str, float])
+
+    def hear(self, report: NodeReport) -> None:
+        """Check a report, and take down its moves; the same report twice is one."""
+        if self._told_at_s.get(report.node_id) == report.at_s:
+            return
+        self._told_at_s[report.node_id] = report.at_s
+        self.reports += 1
+        for gpu in report.gpus:
+            self.peak = max(self.peak, gpu.held_bytes / gpu.usable_bytes)
+            self.levels[gpu.level] += 1
+            if gpu.held_bytes > gpu.usable_bytes:
+                self.over.append(f"{gpu.gpu_id}: {gpu.held_bytes} of {gpu.usable_bytes} bytes at {report.at_s:.2f}")
+            here = [e for e in report.engines if e.gpu_id == gpu.gpu_id and "gpu" in {e.tier, e.to}]
+            fixed = sum(e.hbm_bytes + (e.kv_bytes if e.elastic == "accounted" else e.kv_floor_bytes) for e in here)
+            if fixed > gpu.usable_bytes:
+                self.over.append(f"{gpu.gpu_id}: {', '.join(e.spec.engine_id for e in here)} need {fixed} bytes")
+        asleep = sum(e.weight_bytes for e in report.engines if "sleeping" in {e.tier, e.to})
+        if asleep > report.ram_bytes:
+            self.over.append(f"{report.node_id}: {asleep} of {report.ram_bytes} bytes of host memory")
+        for e in report.engines:
+            name = e.spec.engine_id
+            self.gpu_of[name] = e.gpu_id
+            if e.preemptions >= 0:
+                before = self._last.get(name, 0)
+                self.preempted[name] += e.preemptions - before if e.preemptions >= before else e.preemptions
+                self._last[name] = e.preemptions
+        for move in report.moves:
+            self.moves[move.engine_id, move.began_at_s] = move
+
+    @property
+    def violations(self) -> int:
+        """Instants at which an emulated GPU had more mapped than it has; moves that it had to refuse."""
+        return sum(int(g["violations"]) + int(g["refused"]) for g in self.gpus.values())
+
+
+async def _watch(queue: RedisQueue, watch: Watch, nodes: Sequence[Path]) -> None:
+    """Look at reports and at emulated GPUs until cancelled."""
+    looked_s = -math.inf
+    while True:
+        with contextlib.suppress(MaestroError):
+            for report in await queue.reports(await queue.server_time_s()):
+                watch.hear(report)
+        if time.monotonic() - looked_s >= 1.0:
+            looked_s = time.monotonic()
+            await _count(watch, nodes)
+        await asyncio.sleep(LOOK_S)
+
+
+async def _count(watch: Watch, nodes: Sequence[Path]) -> None:
+    """Ask emulated GPUs how often they were asked for more than they have."""
+    for node in nodes:
+        watch.gpus |= await states(node)
+
+
+# -- playing live ----------------------------------------------------------------------------------------------------------
+class _Answer:
+    """One stage on its way: what reads its stream tells this (`maestro_langgraph.stream.Watched`)."""
+
+    def __init__(self, told: Pass, extended: Callable[[int], None]) -> None:
+        self.told = told
+        self.ok: bool | None = None
+        self._extended = extended
+
+    def first_byte(self) -> None:
+        self.told.first_byte()
+
+    def grew(self, output_tokens: int) -> None:
+        before = self.told.extensions
+        self.told.grew(output_tokens)
+        if self.told.extensions != before and self.told.grant is not None:
+            self._extended(self.told.grant.kv_bytes)
+
+    def finish(self, usage: Usage, *, ok: bool) -> None:
+        self.ok = ok
+        self.told.finish(
+            ok=ok,
+            prompt_tokens=usage.prompt_tokens,
+            output_tokens=usage.output_tokens or usage.content_events,
+            cached_tokens=usage.cached_tokens,
+            engine_queue_s=usage.engine_queue_s,
+            engine_ttft_s=usage.engine_ttft_s,
+        )
+
+    def cancel(self) -> None:
+        self.told.cancel()
+
+
+class Live:
+    """One play of a workload through the client that this process has. Moments are seconds since it began, by the pool's clock."""
+
+    def __init__(self, workload: Workload, alone: Callable[[Run], float]) -> None:
+        self._workload = workload
+        self._alone = alone
+        self._client = Client.current()
+        self._wire = Wire(timeout_s=WAIT_S)
+        self._caps = _caps(workload)
+        self._began_at_s = 0.0
+        self.events: list[Event] = []
+        #: Runs that ended with an error, and which.
+        self.failed: dict[str, str] = {}
+        self.ended = 0
+        self._waiting: set[str] = set()
+        self._running: set[str] = set()
+
+    @property
+    def began_at_s(self) -> float:
+        """By the pool's clock."""
+        return self._began_at_s
+
+    def now_s(self) -> float:
+        return self._client.now_s() - self._began_at_s
+
+    async def play(self, look: Callable[[], None] = lambda: None) -> None:
+        """Play it: until every run has ended, or to its horizon. ``look`` is called after each run."""
+        self._began_at_s = self._client.now_s()
+        runs = {asyncio.create_task(self._run(run, look), name=run.run_id) for run in self._workload.runs}
+        try:
+            await asyncio.wait(runs, timeout=self._workload.horizon_s)
+        finally:
+            for task in runs:
+                task.cancel()
+            await asyncio.gather(*runs, return_exceptions=True)
+            await self._wire.aclose()
+        grants = sum(e[0] == "grant" for e in self.events)
+        self._tell("close", self.now_s(), len(self._waiting), len(self._running), 0, grants)
+
+    async def warm(self, model: str) -> None:
+        """Have a model serve one short call, of no run."""
+        stage = Stage(role="", model=model, prompt_tokens=16, output_tokens=1)
+        run = Run(
+            run_id=f"warm-{model}", app="", session="", at_s=0.0, service_class=ServiceClass.INTERACTIVE,
+            deadline_s=WAIT_S, stages=(stage,),
+        )  # fmt: skip
+        self._began_at_s = self._client.now_s()
+        await self._serve(run, 0, 0, 0.0)
+        self.events.clear()
+
+    def _tell(self, *event: Any) -> None:
+        self.events.append(event)
+
+    async def _run(self, run: Run, look: Callable[[], None]) -> None:
+        await asyncio.sleep(max(0.0, run.at_s - self.now_s()))
+        at_s = self.now_s()
+        deadline_at_s = at_s + run.deadline_s
+        self._tell(
+            *("run", at_s, run.run_id, run.app, run.service_class.value, run.tenant, deadline_at_s, len(run.stages)),
+            *(run.at_s >= self._workload.warmup_s, self._alone(run)),
+        )
+        steps: list[int] = []
+        for stage in run.stages:
+            steps.append(1 + max((steps[b] for b in stage.after), default=-1))
+        stages: list[asyncio.Task[None]] = []
+        outcome = "abandoned"
+        try:
+            async with asyncio.TaskGroup() as group:
+                for n, stage in enumerate(run.stages):
+                    before = [stages[b] for b in stage.after]
+                    stages.append(group.create_task(self._after(before, run, n, steps[n], at_s)))
+            await asyncio.sleep(run.end_gap_s)
+            outcome = "done"
+            self._tell("done", self.now_s(), run.run_id)
+        except* MaestroError as e:
+            outcome, self.failed[run.run_id] = "failed", str(e.exceptions[0])
+        finally:
+            self._client.end_run(
+                RunEnd(
+                    run_id=run.run_id,
+                    workflow=run.app,
+                    outcome=outcome,
+                    started_at_s=self._began_at_s + at_s,
+                    ended_at_s=self._client.now_s(),
+                    tenant=run.tenant,
+                )
+            )
+            self.ended += 1
+            look()
+
+    async def _after(self, before: Sequence[asyncio.Task[None]], run: Run, n: int, step: int, at_s: float) -> None:
+        """Wait for the stages that it comes after, and for tools; then it is ready."""
+        await asyncio.gather(*before)
+        await asyncio.sleep(run.stages[n].gap_s)
+        await self._serve(run, n, step, at_s)
+
+    async def _serve(self, run: Run, n: int, step: int, run_at_s: float) -> None:
+        stage, stage_id = run.stages[n], f"{run.run_id}.{n}"
+        body: dict[str, Any] = {
+            "model": stage.model,
+            "prompt": prompt_of(run, n),
+            "max_tokens": stage.output_tokens,
+            "min_tokens": stage.output_tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        now_s = self._client.now_s()
+        told = self._client.open(
+            Ticket(
+                stage_id=stage_id,
+                client_id=self._client.client_id,
+                model=stage.model,
+                run_id=run.run_id,
+                workflow=run.app,
+                node=stage.role,
+                role=stage.role,
+                service_class=run.service_class,
+                tenant=run.tenant,
+                deadline_at_s=self._began_at_s + run_at_s + run.deadline_s,
+                run_started_at_s=self._began_at_s + run_at_s,
+                pushed_at_s=now_s,
+                due_at_s=now_s,
+                prompt_tokens=stage.prompt_tokens,
+                max_tokens=self._caps.get(run.app, 0),
+                prefix=prompt_blocks(body, self._client.salt),
+                visit=stage.visit,
+                step=step,
+                streams=True,
+            ),
+            original_url="http://127.0.0.1:9/v1",
+        )
+        if told is None:
+            raise ConfigError(f"no engine of this fleet serves {stage.model}")
+        ready_s = now_s - self._began_at_s
+        self._tell("ready", ready_s, stage_id, run.run_id, stage.role, stage.model, stage.prompt_tokens)
+        self._waiting.add(stage_id)
+        try:
+            while not await self._once(told, stage_id, body, ready_s):
+                ready_s = self.now_s()
+        except MaestroError as e:
+            self._tell("refuse", self.now_s(), stage_id, type(e).__name__)
+            raise
+        finally:
+            told.cancel()  # after its end it does nothing
+            self._waiting.discard(stage_id)
+            self._running.discard(stage_id)
+
+    async def _once(self, told: Pass, stage_id: str, body: Mapping[str, Any], ready_s: float) -> bool:
+        """Wait for a grant and call the engine, as the gate does. False: it is to wait again."""
+        engine = await told.wait_async()
+        grant = told.grant
+        if engine.original or grant is None:
+            raise ConfigError(f"stage {stage_id} was sent on without a grant: does Redis answer?")
+        granted_s = max(ready_s, grant.granted_at_s - self._began_at_s)
+        self._waiting.discard(stage_id)
+        self._running.add(stage_id)
+        self._tell("grant", granted_s, stage_id, engine.engine_id, grant.kv_bytes)
+        answer = _Answer(told, lambda kv_bytes: self._tell("extend", self.now_s(), stage_id, kv_bytes))
+        watcher = Watcher(answer, events=True, hide_usage=False, legible=True)
+        told.sent()
+        own = {"model": engine.served_model or body["model"], "priority": grant.priority}
+
+        def feed(chunk: bytes) -> None:
+            watcher.feed(chunk)
+            watcher.handed()
+
+        status = await self._wire.stream(f"{engine.url}/completions", {**body, **own}, feed, token=engine.token)
+        if answer.ok:
+            ended_s, usage = max(granted_s, self.now_s()), watcher.usage
+            started_s = min(ended_s, granted_s + usage.engine_queue_s)
+            first_s = min(ended_s, max(started_s, told.first_byte_at_s - self._began_at_s))
+            self._tell(
+                *("end", ended_s, stage_id, engine.engine_id, started_s, first_s, ended_s),
+                *(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens, 0, engine.kv_bytes_per_token),
+            )
+            return True
+        if status not in _AGAIN or not told.requeue(engine_down=not status, answered=bool(status)):
+            told.finish(ok=False)
+            raise _Broken(
+                f"engine {engine.engine_id} broke off {stage_id}"
+                if status == 200
+                else f"engine {engine.engine_id} answered {status}"
+            )
+        self._tell("requeue", max(granted_s, self.now_s()), stage_id, engine.engine_id)
+        self._running.discard(stage_id)
+        self._waiting.add(stage_id)
+        return False
+
+
+class _Broken(MaestroError):
+    """An engine did not answer as it should."""
+
+
+def _caps(workload: Workload) -> Mapping[str, int]:
+    """App -> the ``max_tokens`` that its owner would set: the power of two above its longest answer."""
+    longest: defaultdict[str, int] = defaultdict(int)
+    for run in workload.runs:
+        longest[run.app] = max(longest[run.app], *(s.output_tokens for s in run.stages))
+    return {app: 1 << (tokens - 1).bit_length() for app, tokens in longest.items()}
+
+
+def prompt_of(run: Run, n: int) -> list[int]:
+    """As token ids: a conversation is one text, which grows with every call of it."""
+    talk = n
+    while run.stages[talk].shares >= 0:
+        talk = run.stages[talk].shares
+    rng = random.Random(f"{run.run_id}.{talk}")
+    return rng.choices(TOKENS, k=run.stages[n].prompt_tokens)
+
+
+# -- both plays ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One policy, live and simulated."""
+
+    policy: str
+    live: Played
+    simulated: Played
+    #: Of each play.
+    events: Mapping[str, Sequence[Event]]
+    moves: Sequence[Mapping[str, Any]]
+    checks: Mapping[str, Any]
+
+
+def simulated(workload: Workload, fleet: SimFleet, policy: str) -> tuple[Played, list[Event]]:
+    """Play it on the simulator's clock."""
+    events: list[Event] = []
+    began_s = time.perf_counter()
+    World(workload, fleet, POLICIES[policy], tell=events.append).play()
+    return _counted(workload, events, time.perf_counter() - began_s), events
+
+
+def _counted(workload: Workload, events: Iterable[Event], wall_s: float, **known: float) -> Played:
+    score = Score(window_s=workload.window_s)
+    away = 0
+    for event in events:
+        score.take(event)
+        away += event[0] == "tier" and event[4] == "gpu"
+    return Played(
+        figures={**score.figures(), "sleeps": away, **known},
+        tenants=score.tenants(),
+        warmup_s=workload.warmup_s,
+        window_s=workload.window_s,
+        horizon_s=workload.horizon_s,
+        wall_s=wall_s,
+    )
+
+
+async def _live(
+    stack: Stack, bed: Bed, alone_s: Mapping[str, float], look: Callable[[], None]
+) -> tuple[Played, list[Event], Live, Watch, Mapping[str, Any]]:
+    queue = RedisQueue(stack.redis_url, pool=stack.fleet.pool)
+    watch = Watch()
+    nodes = [stack.logs / "nodes" / node_id for node_id in stack.fleet.nodes]
+    looking = asyncio.create_task(_watch(queue, watch, nodes))
+    live = Live(bed.workload, lambda run: alone_s[run.run_id])
+    for model in bed.warm:
+        await live.warm(model)
+    began_s = time.perf_counter()
+    try:
+        await live.play(look)
+        wall_s = time.perf_counter() - began_s
+        ledger = await _settled(queue)
+        await _count(watch, nodes)
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        await queue.close()
+    events = sorted([*live.events, *_tiers(watch, live.began_at_s)], key=lambda e: e[1])
+    events = [*(e for e in events if e[0] != "close"), *(e for e in events if e[0] == "close")]
+    played = _counted(bed.workload, events, wall_s, preemptions=sum(watch.preempted.values()))
+    return played, events, live, watch, ledger
+
+
+async def _settled(queue: RedisQueue, limit_s: float = 10.0) -> Mapping[str, Any]:
+    """What is still reserved once nobody asks for anything, and how soon that was nothing."""
+    began_s = time.monotonic()
+    while True:
+        ledger = await queue.ledger()
+        left = {e: n for e, n in ledger.slots.items() if n}
+        took_s = time.monotonic() - began_s
+        if not left or took_s > limit_s:
+            return {"reserved": left, "after_s": took_s}
+        await asyncio.sleep(LOOK_S)
+
+
+def _tiers(watch: Watch, began_at_s: float) -> list[Event]:
+    """Moves as the simulator tells of them, those of the play that succeeded."""
+    return [
+        (
+            "tier",
+            m.began_at_s - began_at_s,
+            watch.gpu_of[m.engine_id],
+            _model(m.engine_id, watch),
+            m.was,
+            m.to,
+            m.began_at_s - began_at_s + m.took_s,
+        )
+        for m in watch.moves.values()
+        if m.began_at_s >= began_at_s and not m.error
+    ]
+
+
+def _model(engine_id: str, watch: Watch) -> str:
+    return engine_id.removesuffix(f".{watch.gpu_of[engine_id]}")
+
+
+def trial(bed: Bed, policy: str, folder: Path, look: Callable[[], None]) -> Trial:
+    """Play a workload under one policy, live and in the simulator."""
+    fleet_file = folder / "fleet.toml"
+    write_start(bed.fleet, fleet_file, policy=policy, speed=bed.speed)
+    _, events = simulated(bed.workload, bed.sim(fleet_file, policy, ()), policy)
+    alone_s = {e[2]: e[9] for e in events if e[0] == "run"}
+    notes: list[str] = []
+    with Stack(load_fleet(fleet_file), policy=policy, logs=folder, keep=False, notice=notes.append) as stack:
+        Client.configure(redis_url=stack.redis_url, pool=stack.fleet.pool, max_wait_s=WAIT_S)
+        try:
+            played, events, live, watch, ledger = asyncio.run(_live(stack, bed, alone_s, look))
+        finally:
+            Client.reset()
+    moves = sorted(watch.moves.values(), key=lambda m: m.began_at_s)
+    sim, sim_events = simulated(bed.workload, bed.sim(fleet_file, policy, moves), policy)
+    return Trial(
+        policy=policy,
+        live=played,
+        simulated=sim,
+        events={"live": events, "simulated": sim_events},
+        moves=[
+            {**dataclasses.asdict(m), "gpu": watch.gpu_of[m.engine_id], "at_s": m.began_at_s - live.began_at_s}
+            for m in moves
+        ],
+        checks={
+            "reports": watch.reports,
+            "over": watch.over,
+            "violations": watch.violations,
+            "peak": watch.peak,
+            "levels": dict(watch.levels),
+            "gpus": [
+                {k: g[k] for k in ("gpu", "usable_bytes", "peak_bytes", "refused", "violations")}
+                for g in watch.gpus.values()
+            ],
+            "failed": live.failed,
+            "reserved_at_end": ledger["reserved"],
+            "ledger_zero_after_s": ledger["after_s"],
+            "notes": notes,
+        },
+    )
+
+
+def run(
+    bed: Bed,
+    policies: Sequence[str],
+    *,
+    seed: int,
+    events_out: Path | None = None,
+    look: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Play all policies in turn, each on a fresh stack. ``look`` is called whenever a run has ended live."""
+    workload = bed.workload
+    done: list[Trial] = []
+    for policy in policies:
+        with TemporaryDirectory(prefix="maestro-place-") as folder:
+            done.append(trial(bed, policy, Path(folder), look))
+    if events_out is not None:
+        write_lines(events_out, (line for each in done for line in _lines(each, workload, seed)))
+    tables = load_tables(bed.fleet)
+    return {
+        "label": bed.label,
+        "engine": bed.engine,
+        "workload": {
+            "name": workload.name,
+            "source": workload.source,
+            "runs": len(workload.runs),
+            "stages": sum(len(r.stages) for r in workload.runs),
+            "by_model": dict(sorted(Counter(s.model for r in workload.runs for s in r.stages).items())),
+            "arrivals_per_s": bed.arrivals_per_s,
+        },
+        "fleet": {
+            "name": bed.fleet.name,
+            "models": len(tables.models),
+            "static": {gpu: tables.gpus[p.table].models for p in tables.places for gpu in p.gpus},
+        },
+        "seed": seed,
+        "speed": bed.speed,
+        "policies": list(policies),
+        "rows": [row for each in done for row in _rows(each, seed)],
+        "difference": {each.policy: _difference(each) for each in done},
+        "moves": {each.policy: list(each.moves) for each in done},
+        "checks": {each.policy: dict(each.checks) for each in done},
+    }
+
+
+def _rows(trial: Trial, seed: int) -> list[dict[str, Any]]:
+    """The two rows of a policy, in the words of `maestro simulate`; a play is one seed, at the one load that there is."""
+    found: list[dict[str, Any]] = []
+    for played, result in (("live", trial.live), ("simulated", trial.simulated)):
+        (row,) = figures_of({Play(policy=trial.policy, load=1.0, seed=seed): result})
+        found.append({"played": played, **row})
+    return found
+
+
+def _difference(trial: Trial) -> dict[str, float | None]:
+    """Live less simulated: the cost of the real scheduler, Redis and clocks, figure by figure."""
+    live, sim = trial.live.figures, trial.simulated.figures
+    return {k: None if math.isnan(live[k] - sim[k]) else live[k] - sim[k] for k in sim if k not in {"plans", "runs"}}
+
+
+def _lines(trial: Trial, workload: Workload, seed: int) -> Iterable[Any]:
+    """As `maestro simulate --events-out` writes them."""
+    for played, events in trial.events.items():
+        head: dict[str, Any] = {"maestro_events": 1, "policy": trial.policy, "played": played, "seed": seed}
+        head |= {"workload": workload.name, "warmup_s": workload.warmup_s, "window_s": workload.window_s}
+        yield head | {"horizon_s": workload.horizon_s, "fields": EVENTS}
+        yield from events
+
+
+# -- told ------------------------------------------------------------------------------------------------------------------
+def show(found: Mapping[str, Any]) -> None:
+    """The simulator's table, a live and a simulated row for each policy; what differs; what was checked."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    table = Table(box=SIMPLE_HEAD, title=f"{found['workload']['name']} on {found['fleet']['name']}: {found['label']}")
+    heads = (HEAD[0], "played", *HEAD[2:-1], "sleep")
+    for name in heads:
+        table.add_column(name, justify="left" if name in {"policy", "played"} else "right", no_wrap=True)
+    for row in found["rows"]:
+        shown = cells(row)
+        table.add_row(
+            shown[0], row["played"], *shown[2:-1], f"{row['sleeps']:.0f}", end_section=row["played"] != "live"
+        )
+    console.print(table)
+    console.print("Live less simulated: the cost of the real scheduler, Redis and clocks.")
+    for policy, off in found["difference"].items():
+        said = ", ".join(f"{name} {_signed(off[key], form)}" for name, key, form in _OFF)
+        console.print(f"  {policy}: {said}", markup=False)
+    for policy, checks in found["checks"].items():
+        moved = [m for m in found["moves"][policy] if not m["error"]]
+        console.print(
+            f"  {policy}: {len(moved)} moves in {sum(m['took_s'] for m in moved):.0f} s, "
+            f"{sum(m['moved_bytes'] for m in moved) / 1e9:.0f} GB; {checks['reports']} reports, over-commits {len(checks['over'])}, "
+            f"violations of emulated GPUs {checks['violations']}, at most {checks['peak']:.1%} of a GPU taken; runs that broke "
+            f"{len(checks['failed'])}",
+            markup=False,
+        )
+    console.print(
+        f"Workload: {found['workload']['source']}. Seconds are as played, at speed {found['speed']:g}.", markup=False
+    )
+
+
+_OFF: Final = (
+    ("SLO points", "slo", ".1%"),
+    ("run p50 s", "completion_p50_s", ".1f"),
+    ("run p95 s", "completion_p95_s", ".1f"),
+    ("delay mean s", "delay_interactive_mean_s", ".2f"),
+    ("cold starts", "cold_starts", ".0f"),
+    ("wakes", "wakes", ".0f"),
+    ("sleeps", "sleeps", ".0f"),
+)
+
+
+def _signed(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:+{form}}"
