@@ -18,6 +18,7 @@ import pytest
 from maestro_agents.cli import main
 from maestro_agents.cli.up import Stack
 from maestro_agents.core import Ticket
+from maestro_agents.errors import EngineUnavailable
 from maestro_agents.fleet import load_fleet
 from maestro_agents.nodes import NodeReport, Want, Wanted
 from maestro_agents.queue.embedded import find_server
@@ -218,6 +219,18 @@ async def test_a_fleet_of_gpus_comes_up_wakes_models_on_demand_and_leaves_nothin
             await queue.close()
         await asyncio.to_thread(stack.stop)
     assert all(gone(pid) for pid in pids)
+
+
+async def test_a_node_that_cannot_run_ends_the_start_with_its_reason(tmp_path: Path) -> None:
+    """A GPU that nobody knows: one error with what the agent said last, no endless starting again, nothing left."""
+    file = tmp_path / "fleet.toml"
+    file.write_text(
+        '[[gpu]]\nkind = "h1000"\nnode = "n1"\nmodels = ["m"]\n[[model]]\nname = "m"\nprofile = "llama-3.1-8b"\n'
+    )
+    stack = Stack(load_fleet(file), logs=tmp_path / "logs")
+    with pytest.raises(EngineUnavailable, match=r"node n1 ended: .*h1000"):
+        await asyncio.to_thread(stack.start)
+    assert stack.pids() == {}
 
 
 @pytest.mark.slow

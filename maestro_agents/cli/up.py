@@ -276,15 +276,15 @@ class Stack:
         self._on_ready(f"engine {spec.engine_id}", spec.url if healthy else f"{spec.url} does not answer yet")
 
     def _start_nodes(self) -> None:
-        """Start the nodes' agents; each starts its own engines, and goes on to while others wait for them."""
+        """Start the nodes' agents; each starts its own engines. One that ends before it has reported could never run."""
         for node_id in self.fleet.nodes:
             with self._lock:
                 self._nodes[node_id] = self._spawn_node(node_id)
-            if self.keep:
-                alive = functools.partial(self._node_alive, node_id)
-                self._keep_alive(self._keep(f"node {node_id}", alive, functools.partial(self._node_again, node_id)))
         if self.fleet.nodes:
             self._call(self._nodes_report())
+        for node_id in self.fleet.nodes if self.keep else ():
+            alive = functools.partial(self._node_alive, node_id)
+            self._keep_alive(self._keep(f"node {node_id}", alive, functools.partial(self._node_again, node_id)))
 
     def _spawn_node(self, node_id: str) -> guard.Guarded:
         command = [
@@ -334,7 +334,7 @@ class Stack:
                         f"node {report.node_id}", f"{', '.join(awake) or 'no engine'} of {len(report.engines)}"
                     )
                 for node_id in left:
-                    if not self.keep and not self._node_alive(node_id):
+                    if not self._node_alive(node_id):
                         raise EngineUnavailable(f"node {node_id} ended: {self._last_words(f'node-{node_id}.log')}")
                 await asyncio.sleep(LOOK_EVERY_S)
         finally:
