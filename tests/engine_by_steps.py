@@ -117,17 +117,6 @@ class EngineBySteps:
         self._end(live, self._now_s, aborted=True)
         return True
 
-    def abort_all(self, now_s: float) -> None:
-        """The engine's process ends."""
-        self._advance(now_s)
-        for live in list(self._live.values()):
-            if live in self._running:
-                self._leave(live)
-            self._end(live, self._now_s, aborted=True)
-        self._waiting, self._scheduled = [], []
-        self._ends_at_s = math.inf
-        self._cache.shrink(0)
-
     def clear_cache(self, now_s: float) -> None:
         """Forget the prefixes that no running request uses."""
         self._advance(now_s)

@@ -17,7 +17,8 @@ from maestro_agents.fleet import Launch
 from maestro_agents.nodes import Elastic, EngineReport, Tier, Want, Wanted
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_serving import node as node_module
-from maestro_serving.node import Host, Look, Node, NodeEngine, NodeGpu
+from maestro_serving.drivers import Host, Look, NodeEngine, NodeGpu
+from maestro_serving.node import Node
 
 GB = 10**9
 
@@ -40,7 +41,7 @@ class Card:
 
 
 class ScriptedDriver:
-    """See `maestro_serving.node.Driver`. ``calls``: what was asked of it; ``hold``: operations that wait to be let go."""
+    """See `maestro_serving.drivers.Driver`. ``calls``: what was asked of it; ``hold``: operations that wait to be let go."""
 
     def __init__(self, engine: NodeEngine, card: Card, *, elastic: Elastic = "accounted") -> None:
         self.engine, self.card, self.elastic = engine, card, elastic

@@ -20,9 +20,9 @@ from maestro_agents.fleet import Launch
 from maestro_agents.simulator.engine import Engine, EngineProfile, EngineRequest
 from maestro_agents.simulator.hardware import gpus, models, serve
 from maestro_serving.admin import OutOfMemoryError
+from maestro_serving.drivers import NodeEngine, NodeGpu
 from maestro_serving.emulated_driver import EmulatedGpus
 from maestro_serving.emulated_gpu import RESERVE_BLOCKS, EmulatedGpu, EngineOnGpu, GpuProcess, Part
-from maestro_serving.node import NodeEngine, NodeGpu
 
 BLOCK = 10
 SMALL = EngineProfile(
@@ -64,7 +64,8 @@ class Box:
 
     def sleep(self, name: str) -> None:
         engine = self.parts[name].engine
-        engine.abort_all(self.now_s)
+        for request_id in list(engine._live):
+            engine.abort(request_id, self.now_s)
         engine.pause(self.now_s, frozen=False)
         engine.drop_kv(self.now_s)
         self.gpu.leave(self.parts[name], weights=False, kv=True)

@@ -308,7 +308,7 @@ def script(seed: int, length: int) -> list[tuple[int, tuple]]:
         return ("submit", r.randint(1, 24), r.randint(1, 16), r.randint(-2, 2), prefix)
 
     def other() -> tuple:
-        kind = r.choice(["abort", "abort", "resize", "resize", "look", "wake", "wake", "clear", "die"])
+        kind = r.choice(["abort", "abort", "resize", "resize", "look", "wake", "wake", "clear"])
         more = {"abort": (r.randrange(40),), "resize": (r.randint(10, 16),)}
         return (kind, *more.get(kind, ()))
 
@@ -333,8 +333,6 @@ def called(engine: Engine | EngineBySteps, call: tuple, now_s: float, names: lis
             return engine.resize(blocks, now_s)
         case ("clear",):
             return engine.clear_cache(now_s)
-        case ("die",):
-            return engine.abort_all(now_s)
         case _:
             return None
 
@@ -575,21 +573,6 @@ def test_a_cleared_cache_hits_nothing():
     cached(engine, "1", 9, 4, (("a", 13),))
     engine.clear_cache(1.0)
     assert cached(engine, "2", 20, 2, (("a", 22),), 1.0) == 0
-
-
-def test_an_engine_that_dies_ends_all_it_had_and_keeps_nothing():
-    """Running and waiting requests are aborted, the step in progress is lost, and the engine can start anew."""
-    engine = Engine(SMALL)
-    prefix = (("a", 13),)
-    cached(engine, "1", 9, 4, prefix)
-    for n in range(5):
-        engine.submit(request(str(n)), 1.0)
-    engine.abort_all(1.001)
-    ended = engine.ended(1.001)
-    assert [(r.request.request_id, r.aborted) for r in ended] == [(str(n), True) for n in range(5)]
-    assert engine.wake_at_s == engine.next_end_s == math.inf
-    assert engine.kv_usage == engine.num_running == engine.num_waiting == 0
-    assert cached(engine, "2", 20, 2, prefix, 2.0) == 0
 
 
 def test_a_smaller_kv_admits_nobody_until_enough_is_free():

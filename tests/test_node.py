@@ -14,7 +14,7 @@ from maestro_agents.errors import QueueUnavailable
 from maestro_agents.nodes import Move
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_serving import node as node_module
-from maestro_serving.node import Look
+from maestro_serving.drivers import Look
 from tests.scripted_driver import GB, Bench, ScriptedDriver, bench, node_engine, quick
 
 __all__ = ["quick"]

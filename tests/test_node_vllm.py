@@ -23,8 +23,9 @@ import pytest_asyncio
 
 from maestro_agents.nodes import EngineReport, Tier, Want, Wanted
 from maestro_agents.queue.memory import MemoryQueue
+from maestro_serving.drivers import NodeEngine, NodeGpu
 from maestro_serving.hosts import load_host
-from maestro_serving.node import Node, NodeEngine, NodeGpu
+from maestro_serving.node import Node
 from maestro_serving.vllm_driver import VllmDriver
 
 pytestmark = [

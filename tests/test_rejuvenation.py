@@ -23,7 +23,8 @@ from maestro_agents.scheduler import Scheduler
 from maestro_agents.settings import Settings
 from maestro_serving import node as node_module
 from maestro_serving import vllm_driver
-from maestro_serving.node import Host, Node, NodeEngine, NodeGpu
+from maestro_serving.drivers import Host, Look, NodeEngine, NodeGpu
+from maestro_serving.node import Node
 from maestro_serving.vllm_driver import VllmDriver
 from tests.scripted_driver import GB, bench, node_engine
 
@@ -86,7 +87,7 @@ async def test_memory_of_an_engine_that_sleeps_is_not_watched(tmp_path: Path, mo
     async with bench(tmp_path, node_engine("a"), at_start=("a",)) as it:
         driver, look = it.there("a"), it.there("a").look
 
-        async def looks() -> node_module.Look:
+        async def looks() -> Look:
             found = await look()
             return dataclasses.replace(found, host_bytes=1 if driver.level is None else 14 * GB)
 

@@ -21,7 +21,7 @@ from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError, EngineUnavailable
 from maestro_agents.fleet import Launch
 from maestro_serving import vllm_driver
-from maestro_serving.node import NodeEngine, NodeGpu
+from maestro_serving.drivers import NodeEngine, NodeGpu
 from maestro_serving.vllm import read_account, vllm_command
 from maestro_serving.vllm_driver import VllmDriver, memory_of
 

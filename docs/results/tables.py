@@ -548,9 +548,10 @@ def place(name: str) -> str:
     checks = r["checks"].values()
     moves = [m for of in r["moves"].values() for m in of if not m["error"]]
     violations = sum(c["violations"] for c in checks)
+    cost = ", the cost of the real scheduler, Redis and clocks" if r["label"] == "emulated" else ""
     counted = f"; counted by the emulated GPUs: {violations}" if r["label"] == "emulated" else ""
     return (
-        f"{table}\n\nLive less simulated, the cost of the real scheduler, Redis and clocks: {off}. "
+        f"{table}\n\nLive less simulated{cost}: {off}. "
         f"Over-commits in {sum(c['reports'] for c in checks):,} reports of the node: {sum(len(c['over']) for c in checks)}{counted}. {len(moves)} moves, each with its seconds and bytes in the "
         f"file. {r['workload']['runs']} runs, {r['workload']['stages']} calls, seed {r['seed']}. Label: `{r['label']}`. "
         f"Raw: `docs/results/{name}.json`."

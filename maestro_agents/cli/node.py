@@ -125,10 +125,11 @@ def _proxy(listen: str, settings: Settings, url: str, pool: str, folder: Path) -
 
 async def _serve(path: Path, node_id: str, url: str, pool: str, folder: Path, proxy: Proxy | None) -> None:
     from maestro_agents.queue.redis import RedisClock, RedisQueue
+    from maestro_serving.drivers import Driver, NodeEngine, NodeGpu
     from maestro_serving.emulated_driver import EmulatedGpus
     from maestro_serving.hosts import load_host
     from maestro_serving.kvcached import KvCached
-    from maestro_serving.node import Driver, Node, NodeEngine, NodeGpu
+    from maestro_serving.node import Node
     from maestro_serving.vllm_driver import VllmDriver
 
     kvcached = KvCached.find()

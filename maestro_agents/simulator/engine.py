@@ -352,19 +352,6 @@ class Engine:
         self._cut()
         return True
 
-    def abort_all(self, now_s: float) -> None:
-        """The engine's process ends: every request is aborted, in the order of submission, and all KV is lost."""
-        self._advance(now_s)
-        for live in list(self._live.values()):
-            if live.admitted:
-                self._stop(live, self._blocks_of(live))
-            self._end(live, aborted=True)
-        self._waiting.clear()
-        self._endings.clear()
-        self._length = self._done = 0
-        self._over_at_s = math.inf
-        self._cache.shrink(0)
-
     def clear_cache(self, now_s: float) -> None:
         """Forget the prefixes that no running request uses (vLLM's ``/sleep``, ``/reset_prefix_cache``)."""
         self._advance(now_s)

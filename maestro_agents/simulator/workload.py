@@ -11,6 +11,7 @@ import json
 import math
 import os
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import as_file, files
@@ -94,6 +95,13 @@ class Run:
     #: Seconds of tools and code after its last stage.
     end_gap_s: float = 0.0
 
+    def steps(self) -> list[int]:
+        """Of each stage, the LangGraph superstep that it belongs to: one more than the latest of those it comes after."""
+        steps: list[int] = []
+        for stage in self.stages:
+            steps.append(1 + max((steps[b] for b in stage.after), default=-1))
+        return steps
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
@@ -111,6 +119,13 @@ class Workload:
     tenants: Mapping[str, float] = field(default_factory=dict[str, float])
     #: Where it came from: traces, arrivals, seed, how deadlines were set.
     source: str = ""
+
+    def caps(self) -> dict[str, int]:
+        """App -> the ``max_tokens`` that its owner would set: the power of two above its longest answer."""
+        longest: defaultdict[str, int] = defaultdict(int)
+        for run in self.runs:
+            longest[run.app] = max(longest[run.app], *(s.output_tokens for s in run.stages))
+        return {app: 1 << (tokens - 1).bit_length() for app, tokens in longest.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -97,7 +97,6 @@ class _Open:
     followers: list[list[int]]
     truth: list[Foreseen] | None
     left: int
-    last_end_s: float
     attained_s: float = 0.0
     #: Its stages that wait, by superstep.
     waiting: dict[int, list[_Job]] = field(default_factory=dict[int, "list[_Job]"])
@@ -215,7 +214,7 @@ class World:
         self._online = told and any(s.foreseen is None for r in workload.runs for s in r.stages)
         self._predictor = RoleStatistics()
         self._workflows = Workflows()
-        self._caps = _caps(workload)
+        self._caps = workload.caps()
         self._average = _average(workload) if policy.knows is Knows.NOTHING else None
         self._fastest: dict[str, tuple[float, Speed]] = {}
         slowest_first = sorted((e.profile.base_s, n, e) for n, e in enumerate(engines))[::-1]
@@ -266,13 +265,11 @@ class World:
              len(run.stages), counted, unloaded_s(run.stages, self._alone) + run.end_gap_s)
         )  # fmt: skip
         followers: list[list[int]] = [[] for _ in run.stages]
-        steps: list[int] = []
         talks: list[int] = []
         for n, stage in enumerate(run.stages):
             talks.append(n if stage.shares < 0 else talks[stage.shares])
             for before in stage.after:
                 followers[before].append(n)
-            steps.append(1 + max((steps[b] for b in stage.after), default=-1))
         truth = _truth(run, followers) if self._policy.knows is Knows.ALL else None
         o = _Open(
             run,
@@ -280,8 +277,7 @@ class World:
             followers,
             truth,
             len(run.stages),
-            run.at_s,
-            steps=steps,
+            steps=run.steps(),
             talks=talks,
         )
         for n, stage in enumerate(run.stages):
@@ -761,14 +757,6 @@ def _truth(run: Run, followers: Sequence[Sequence[int]]) -> list[Foreseen]:
             )  # fmt: skip
         ends[n] = run.stages[n].output_tokens + int(found[n].output_tokens)
     return found
-
-
-def _caps(workload: Workload) -> dict[str, int]:
-    """What an app's owner would set as ``max_tokens``: the power of two above its longest answer."""
-    longest: defaultdict[str, int] = defaultdict(int)
-    for run in workload.runs:
-        longest[run.app] = max(longest[run.app], *(s.output_tokens for s in run.stages))
-    return {app: 1 << (tokens - 1).bit_length() for app, tokens in longest.items()}
 
 
 def _average(workload: Workload) -> Foreseen:

@@ -18,8 +18,8 @@ import httpx
 
 from maestro_agents.errors import EngineUnavailable
 from maestro_agents.nodes import Elastic
+from maestro_serving.drivers import Look, NodeEngine, NodeGpu
 from maestro_serving.emulated_gpu import EngineOnGpu
-from maestro_serving.node import Look, NodeEngine, NodeGpu
 from maestro_serving.processes import START_LIMIT_S, Kept, free_port, until_healthy
 from maestro_serving.vllm import EngineCommand
 
@@ -42,7 +42,7 @@ class EmulatedGpus:
 
 
 class EmulatedDriver:
-    """See `node.Driver`. ``--speed X`` among ``launch.args``: so much faster than the hardware, moves included."""
+    """See `drivers.Driver`. ``--speed X`` among ``launch.args``: so much faster than the hardware, moves included."""
 
     elastic: Elastic = "enforced"
 

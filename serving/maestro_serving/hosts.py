@@ -18,7 +18,7 @@ from maestro_agents.errors import ConfigError
 from maestro_agents.fleet import FleetTables, GpuPlace, GpuTable, Launch, load_tables
 from maestro_agents.simulator.hardware import Served, SimModel, gpus, server_bytes, sim_model, sim_models
 from maestro_agents.tomlfile import Place
-from maestro_serving.node import Host, NodeEngine, NodeGpu
+from maestro_serving.drivers import Host, NodeEngine, NodeGpu
 from maestro_serving.weights import size_bytes, weight_files
 
 CPU_SERVER_BYTES: Final = 1_700_000_000

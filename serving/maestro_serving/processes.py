@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -37,7 +37,7 @@ START_LIMIT_S: Final = 180.0
 """How long an engine may take until it is healthy. vLLM on two loaded cores took 84 s."""
 
 GRACE_S: Final = 10.0
-_FIRST_BACKOFF_S: Final = 1.0
+_FIRST_BACKOFF_S: Final = 0.5
 _LAST_BACKOFF_S: Final = 30.0
 _STABLE_S: Final = 60.0
 """After so long in good health a death counts as the first again."""
@@ -303,17 +303,11 @@ class EngineProcess:
 
     async def keep(self) -> None:
         """Restart it whenever it dies, later each time, until cancelled. It must have been started."""
-        backoff_s = _FIRST_BACKOFF_S
-        while True:
-            since_s = time.monotonic()
-            while self.alive():
-                await asyncio.sleep(_LOOK_EVERY_S)
-            if time.monotonic() - since_s > _STABLE_S:
-                backoff_s = _FIRST_BACKOFF_S
+
+        def ended(backoff_s: float) -> None:
             self._notice(f"engine {self.engine_id} ended; it is started again in {backoff_s:g} s (log: {self.log})")
-            await self.stop()
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
+
+        async def again() -> None:
             self.restarts += 1
             try:
                 await self.start()
@@ -321,6 +315,34 @@ class EngineProcess:
                 self._notice(str(e))
             else:
                 self._notice(f"engine {self.engine_id} is back at {self.url}")
+
+        await keep_alive(self.alive, ended, self.stop, again, every_s=_LOOK_EVERY_S)
+
+
+async def keep_alive(
+    alive: Callable[[], bool],
+    ended: Callable[[float], None],
+    stop: Callable[[], Awaitable[None]],
+    again: Callable[[], Awaitable[None]],
+    *,
+    every_s: float,
+) -> None:
+    """Until cancelled, look every ``every_s`` whether a process is alive; stop and start one that is not, later each time.
+
+    ``ended`` is told the seconds until then. ``again`` says itself what went wrong.
+    """
+    backoff_s = _FIRST_BACKOFF_S
+    while True:
+        since_s = time.monotonic()
+        while alive():
+            await asyncio.sleep(every_s)
+        if time.monotonic() - since_s > _STABLE_S:
+            backoff_s = _FIRST_BACKOFF_S
+        ended(backoff_s)
+        await stop()
+        await asyncio.sleep(backoff_s)
+        backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
+        await again()
 
 
 def wait_for_port(engine_id: str, url: str) -> None:

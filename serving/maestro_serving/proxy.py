@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 
 from maestro_agents.errors import ConfigError, EngineUnavailable
 from maestro_agents.tokens import EngineKey, call_audience, outage_audience, probe_audience
-from maestro_serving.processes import Kept, until_healthy
+from maestro_serving.processes import Kept, keep_alive, until_healthy
 from maestro_serving.vllm import EngineCommand
 
 ENVOY_ENV: Final = "MAESTRO_ENVOY"
@@ -76,8 +76,6 @@ only reads slowly is not.
 START_LIMIT_S: Final = 30.0
 _UPSTREAM_IDLE_S: Final = 3.0
 """vLLM closes a connection that was idle for 5 s; Envoy has let go of it by then."""
-_FIRST_BACKOFF_S: Final = 0.5
-_LAST_BACKOFF_S: Final = 30.0
 _BEAT_S: Final = 0.5
 
 log = logging.getLogger("maestro.proxy")
@@ -202,23 +200,24 @@ class Proxy:
 
     async def keep(self) -> None:
         """Say that we live, and start it again when it dies, later each time, until cancelled."""
-        backoff_s = _FIRST_BACKOFF_S
-        while True:
-            began_s = time.monotonic()
-            while self._kept.alive():
+
+        def alive() -> bool:
+            there = self._kept.alive()
+            if there:
                 self._kept.renew()
-                await asyncio.sleep(_BEAT_S)
-                if time.monotonic() - began_s > 10 * backoff_s:
-                    backoff_s = _FIRST_BACKOFF_S
+            return there
+
+        def ended(backoff_s: float) -> None:
             log.warning("the proxy ended; it is started again in %g s (log: %s)", backoff_s, self._kept.log)
-            await self.stop()
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
+
+        async def again() -> None:
             self.restarts += 1
             try:
                 await self.start()
             except (EngineUnavailable, ConfigError, OSError) as e:
                 log.warning("%s", e)
+
+        await keep_alive(alive, ended, self.stop, again, every_s=_BEAT_S)
 
     async def stop(self) -> None:
         """End it. Idempotent."""

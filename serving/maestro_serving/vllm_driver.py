@@ -21,8 +21,8 @@ import httpx
 
 from maestro_agents.errors import EngineUnavailable
 from maestro_agents.nodes import Elastic
+from maestro_serving.drivers import Look, NodeEngine, NodeGpu
 from maestro_serving.kvcached import KvCached
-from maestro_serving.node import Look, NodeEngine, NodeGpu
 from maestro_serving.processes import START_LIMIT_S, Kept, free_port, until_healthy, wait_for_port
 from maestro_serving.vllm import Account, EngineCommand, read_account, vllm_command, vllm_program
 
@@ -43,7 +43,7 @@ _DISK_BYTES_PER_S: Final = 0.2e9
 
 
 class VllmDriver:
-    """See `node.Driver`. A model with ``launch.url`` is somebody else's server: it is watched, and moved only as far as its
+    """See `drivers.Driver`. A model with ``launch.url`` is somebody else's server: it is watched, and moved only as far as its
     admin endpoints answer.
     """
 

@@ -43,9 +43,8 @@ DOES: Final[Mapping[tuple[Tier, Tier], Does]] = {
     ("sleeping", "disk"): "stop, forget",
     ("dropped", "disk"): "stop, forget",
 }
-"""What each move of `maestro_agents.nodes.MOVES` does: start, sleep, wake and stop are the driver's (`node.Driver`)."""
+"""What each move of `maestro_agents.nodes.MOVES` does: start, sleep, wake and stop are the driver's (`drivers.Driver`)."""
 
-IN_HBM: Final[frozenset[Tier]] = frozenset({"gpu"})
 HAS_SERVER: Final[frozenset[Tier]] = frozenset({"gpu", "sleeping", "dropped"})
 
 IN_CACHE: Final = 0.9

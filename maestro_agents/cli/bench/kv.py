@@ -131,9 +131,10 @@ async def trial(
     factor: float, requests: Sequence[Request], state: Path, ended: Callable[[], None] = lambda: None
 ) -> Trial:
     """Serve all requests under one factor."""
+    from maestro_serving.drivers import Host, NodeEngine, NodeGpu
     from maestro_serving.emulated_driver import EmulatedGpus
     from maestro_serving.load import LoadClient, Sizes
-    from maestro_serving.node import Host, Node, NodeEngine, NodeGpu
+    from maestro_serving.node import Node
 
     about = served()
     usable = int(sum(s.weight_bytes + s.server_bytes for s in about.values()) + KV_GB * 1e9)

@@ -115,10 +115,13 @@ def workload_of(fleet: SimFleet, *, runs: int, seed: int, speed: float = 1.0) ->
         order += rng.sample(found, len(found))
     window_s = runs / RUNS_PER_S / speed
     at = sorted(rng.uniform(0.0, window_s) for _ in range(runs))
-    made = tuple(_made(r, f"r{n}", at_s, model_of, speed) for n, (r, at_s) in enumerate(zip(order, at, strict=False)))
+    arriving = tuple(
+        made(r, f"r{n}", at_s, lambda _, stage: model_of[stage.role], speed=speed)
+        for n, (r, at_s) in enumerate(zip(order, at, strict=False))
+    )
     return Workload(
         name=f"everything, {len(names)} models",
-        runs=made,
+        runs=arriving,
         warmup_s=window_s / 6,
         window_s=window_s,
         horizon_s=window_s + LONGEST_DEADLINE_S / speed,
@@ -143,8 +146,21 @@ def _spread(runs: Sequence[Run], models: Sequence[str]) -> Mapping[str, str]:
     return found
 
 
-def _made(run: Run, run_id: str, at_s: float, model_of: Mapping[str, str], speed: float) -> Run:
-    stages = (dataclasses.replace(s, model=model_of[s.role], gap_s=s.gap_s / speed, foreseen=None) for s in run.stages)
+def made(
+    run: Run, run_id: str, at_s: float, model_of: Callable[[Run, Stage], str], *, speed: float, prompts: int = 1
+) -> Run:
+    """A recorded run that arrives then, on these models; seconds are ``speed`` times shorter, prompts ``prompts`` times."""
+    stages = (
+        dataclasses.replace(
+            s,
+            model=model_of(run, s),
+            prompt_tokens=max(1, s.prompt_tokens // prompts),
+            shared_tokens=s.shared_tokens // prompts,
+            gap_s=s.gap_s / speed,
+            foreseen=None,
+        )
+        for s in run.stages
+    )
     return dataclasses.replace(
         run,
         run_id=run_id,
@@ -341,7 +357,7 @@ class Live:
         self._alone = alone
         self._client = Client.current()
         self._wire = Wire(timeout_s=WAIT_S)
-        self._caps = _caps(workload)
+        self._caps = workload.caps()
         self._began_at_s = 0.0
         self.events: list[Event] = []
         #: Runs that ended with an error, and which.
@@ -394,9 +410,7 @@ class Live:
             *("run", at_s, run.run_id, run.app, run.service_class.value, run.tenant, deadline_at_s, len(run.stages)),
             *(run.at_s >= self._workload.warmup_s, self._alone(run)),
         )
-        steps: list[int] = []
-        for stage in run.stages:
-            steps.append(1 + max((steps[b] for b in stage.after), default=-1))
+        steps = run.steps()
         stages: list[asyncio.Task[None]] = []
         outcome = "abandoned"
         try:
@@ -525,14 +539,6 @@ class Live:
 
 class _Broken(MaestroError):
     """An engine did not answer as it should."""
-
-
-def _caps(workload: Workload) -> Mapping[str, int]:
-    """App -> the ``max_tokens`` that its owner would set: the power of two above its longest answer."""
-    longest: defaultdict[str, int] = defaultdict(int)
-    for run in workload.runs:
-        longest[run.app] = max(longest[run.app], *(s.output_tokens for s in run.stages))
-    return {app: 1 << (tokens - 1).bit_length() for app, tokens in longest.items()}
 
 
 def prompt_of(run: Run, n: int) -> list[int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from maestro_agents.cli.bench.place import Bed
+from maestro_agents.cli.bench.place import Bed, made
 from maestro_agents.cli.bench.stack import MODEL_PATH_ENV, label
 from maestro_agents.errors import ConfigError
 from maestro_agents.nodes import Move, Tier
@@ -116,13 +116,13 @@ def workload(*, runs: int, seed: int) -> Workload:
     order: list[Run] = []
     while len(order) < runs:
         order += rng.sample(found, len(found))
-    apps = sorted({r.app for r in found})
+    model_of = {app: MODELS[n % 3 > 0] for n, app in enumerate(sorted({r.app for r in found}))}
     window_s = runs / RUNS_PER_S
     at = sorted(rng.uniform(0.0, window_s) for _ in range(runs))
     return Workload(
         name="everything, 2 models",
         runs=tuple(
-            _small(r, f"r{n}", at_s, MODELS[apps.index(r.app) % 3 > 0])
+            made(r, f"r{n}", at_s, lambda run, _: model_of[run.app], speed=FASTER, prompts=PROMPTS)
             for n, (r, at_s) in enumerate(zip(order, at, strict=False))
         ),
         warmup_s=window_s / 6,
@@ -130,28 +130,6 @@ def workload(*, runs: int, seed: int) -> Workload:
         horizon_s=window_s + TAIL_S,
         source=f"{sample().source}; {runs} of {len(found)} runs that fit in order of seed {seed}; prompts {PROMPTS} times, "
         f"deadlines {FASTER:g} times shorter",
-    )
-
-
-def _small(run: Run, run_id: str, at_s: float, model: str) -> Run:
-    stages = (
-        dataclasses.replace(
-            s,
-            model=model,
-            prompt_tokens=max(1, s.prompt_tokens // PROMPTS),
-            shared_tokens=s.shared_tokens // PROMPTS,
-            gap_s=s.gap_s / FASTER,
-            foreseen=None,
-        )
-        for s in run.stages
-    )
-    return dataclasses.replace(
-        run,
-        run_id=run_id,
-        at_s=at_s,
-        deadline_s=run.deadline_s / FASTER,
-        end_gap_s=run.end_gap_s / FASTER,
-        stages=tuple(stages),
     )
 
 
