@@ -131,6 +131,8 @@ class Ticket:
     role: str = ""
     service_class: ServiceClass = ServiceClass.INTERACTIVE
     tenant: str = "default"
+    #: Where its app is (``MAESTRO_SITE``): what the network to each cluster costs is measured from there. "" where nobody says.
+    site: str = ""
     #: The run must have ended by then (epoch seconds); inf where nobody asked.
     deadline_at_s: float = math.inf
     #: When the run began: what ageing and fairness count from.
@@ -507,8 +509,12 @@ class EngineSpec:
     #: The same for an outage of Maestro (`in_outage`): it is good for longer, and for few calls a second.
     outage_token: str = field(default="", repr=False, compare=False)
     cluster: str = "local"
-    #: Network seconds there and back.
+    #: Network seconds there and back, as the fleet file says; what was measured from a site is in `EngineState.rtts`.
     rtt_s: float = 0.0
+    #: Tenants whose calls must not be served there (data residency, `tenants.Tenant.allow_clusters`).
+    closed_to: tuple[str, ...] = ()
+    #: How it is told what it should know of a call beside its text: one of `hints.DIALECTS`.
+    hints: str = "vllm"
     #: The caller's own URL: never rewritten, no vLLM fields added.
     original: bool = False
     #: Longest prompt + output, 0 while unknown.
@@ -560,7 +566,13 @@ class EngineSpec:
     @classmethod
     def decode(cls, body: Mapping[str, Any]) -> EngineSpec:
         names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in body.items() if k in names})
+        known: dict[str, Any] = {k: v for k, v in body.items() if k in names}
+        known["closed_to"] = tuple(known.get("closed_to", ()))
+        return cls(**known)
+
+    def serves(self, ticket: Ticket) -> bool:
+        """It has the ticket's model, and its tenant's calls may be served there. Says nothing of health or room."""
+        return self.model == ticket.model and ticket.tenant not in self.closed_to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -581,6 +593,12 @@ class EngineState:
     beside_s_per_token: float = 0.0
     #: Stages granted to it so far.
     grants: int = 0
+    #: Site -> network seconds to its cluster and back, as measured there; inf: it cannot be reached from there.
+    rtts: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def rtt_s(self, site: str) -> float:
+        """Network seconds there and back from a site: measured, or what the fleet file says."""
+        return self.rtts.get(site, self.spec.rtt_s)
 
     @property
     def free_slots(self) -> int:

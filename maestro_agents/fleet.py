@@ -18,7 +18,16 @@
 
     [[cluster]]                               # left out: every cluster is near
     name = "local"
-    rtt_s = 0.001                             # to there and back
+    rtt_s = 0.001                             # to there and back; left out: measured from each site (MAESTRO_SITE)
+
+    [[tenant]]                                # left out: every tenant weighs the same, and has no limits
+    name = "acme"                             # as apps say it (MAESTRO_TENANT, options), or as its gateway key does
+    weight = 2.0                              # of its fair share
+    allow_clusters = ["local"]                # its calls are served there and nowhere else
+    max_stages = 32                           # at a time; 0 or left out: no limit
+    max_kv_gb = 20.0                          # reserved at a time
+    tokens_per_minute = 100000                # prompt and output
+    max_waiting = 200                         # further ones are refused, with the moment to try again
 
 A fleet that names GPUs instead of engines has its engines made of them: each model on each GPU that it fits. In the simulator
 (`simulator.hardware.load_sim_fleet`), or live by node agents (``maestro node``), which move models between memory tiers:
@@ -64,6 +73,7 @@ from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError
 from maestro_agents.predict.memory import BLOCK_TOKENS, KvShape
 from maestro_agents.settings import check_redis_url
+from maestro_agents.tenants import Tenant, with_residency
 from maestro_agents.tomlfile import Place, TomlFile, read_toml
 
 _NAME: Final = r"^[A-Za-z0-9_.-]+$"
@@ -102,6 +112,7 @@ class Fleet:
     #: Nodes whose agents make the engines, and the file that says of what.
     nodes: tuple[str, ...] = ()
     file: Path | None = None
+    tenants: tuple[Tenant, ...] = ()
 
     def adopt(self, urls: Mapping[str, str]) -> Fleet:
         """The same fleet with the URLs (by engine id) at which its launched engines were found to listen."""
@@ -157,8 +168,9 @@ def load_tables(path: str | Path) -> FleetTables:
                 f"engine {engine.id!r} has neither url nor launch: give the url of a running server or [engine.launch]",
             )
     rtt_s = {cluster.name: cluster.rtt_s for cluster in body.cluster}
+    tenants = _tenants(body, file)
     engines = tuple(
-        dataclasses.replace(_spec(e, file, ("engine", n)), rtt_s=rtt_s.get(e.cluster, 0.0))
+        with_residency(dataclasses.replace(_spec(e, file, ("engine", n)), rtt_s=rtt_s.get(e.cluster, 0.0)), tenants)
         for n, e in enumerate(body.engine)
     )
     launches = {e.id: _launch(e.launch, file) for e in body.engine if e.launch is not None}
@@ -169,6 +181,7 @@ def load_tables(path: str | Path) -> FleetTables:
         launches=launches,
         nodes=tuple(dict.fromkeys(place.node_id for place in places)),
         file=file.path if body.gpu else None,
+        tenants=tenants,
     )
     return FleetTables(file=file, live=live, clusters=body.cluster, gpus=body.gpu, models=body.model, places=places)
 
@@ -196,8 +209,16 @@ def write_fleet(fleet: Fleet, path: Path) -> None:
             "api_key_env",
             "cluster",
             "max_model_len",
+            "hints",
         )
         lines += [f"{key} = {json.dumps(getattr(e, key))}" for key in keys]
+    for t in fleet.tenants:
+        said = {k: v for k, v in t.encode().items() if v and k not in ("max_kv_bytes", "allow_clusters")}
+        lines += ["", "[[tenant]]", *(f"{key} = {json.dumps(value)}" for key, value in said.items())]
+        if t.allow_clusters:
+            lines.append(f"allow_clusters = {json.dumps(t.allow_clusters)}")
+        if t.max_kv_bytes:
+            lines.append(f"max_kv_gb = {t.max_kv_bytes / 1e9:.9f}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -247,6 +268,7 @@ class _Engine(_Table):
     kv_window_tokens: NonNegativeInt = 0
     kv_window_bytes_per_token: NonNegativeInt = 0
     api_key_env: str = ""
+    hints: str = "vllm"
     cluster: str = "local"
     max_model_len: NonNegativeInt = 0
     launch: _LaunchTable | None = None
@@ -256,7 +278,7 @@ class ClusterTable(_Table):
     """``[[cluster]]``: how far a cluster is."""
 
     name: str = Field(min_length=1, max_length=64, pattern=_NAME)
-    rtt_s: float = Field(ge=0, allow_inf_nan=False)
+    rtt_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class GpuTable(_Table):
@@ -285,6 +307,18 @@ class ModelTable(_Table):
     launch: _ModelLaunchTable | None = None
 
 
+class TenantTable(_Table):
+    """``[[tenant]]``: what its calls may take (`tenants.Tenant`)."""
+
+    name: str = Field(min_length=1, max_length=128)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    allow_clusters: list[str] = []
+    max_stages: NonNegativeInt = 0
+    max_kv_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    tokens_per_minute: NonNegativeInt = 0
+    max_waiting: NonNegativeInt = 0
+
+
 class _File(_Table):
     pool: str = Field(default="default", min_length=1, max_length=64, pattern=_NAME)
     redis: _Redis | None = None
@@ -292,6 +326,7 @@ class _File(_Table):
     cluster: list[ClusterTable] = []
     gpu: list[GpuTable] = []
     model: list[ModelTable] = []
+    tenant: list[TenantTable] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +391,7 @@ _KEYS: Final[Mapping[tuple[str, ...], Mapping[str, Any]]] = {
     ("gpu",): GpuTable.model_fields,
     ("model",): ModelTable.model_fields,
     ("model", "launch"): _ModelLaunchTable.model_fields,
+    ("tenant",): TenantTable.model_fields,
 }
 
 
@@ -373,6 +409,26 @@ def _check_clusters(body: _File, file: TomlFile) -> None:
                 (*place, "cluster"),
                 f"cluster {name!r} is not described: add [[cluster]] with name = {name!r} and rtt_s",
             )
+
+
+def _tenants(body: _File, file: TomlFile) -> tuple[Tenant, ...]:
+    """Each tenant is described once, and its clusters exist."""
+    clusters = {c.name for c in body.cluster} | {e.cluster for e in body.engine} | {g.cluster for g in body.gpu}
+    found: dict[str, Tenant] = {}
+    for n, table in enumerate(body.tenant):
+        if table.name in found:
+            raise file.error(("tenant", n, "name"), f"tenant {table.name!r} is described twice")
+        lost = [c for c in table.allow_clusters if c not in clusters]
+        if lost:
+            raise file.error(
+                ("tenant", n, "allow_clusters"),
+                f"there is no cluster {lost[0]!r}: this fleet has {', '.join(sorted(clusters))}",
+            )
+        limits = table.model_dump(exclude={"max_kv_gb", "allow_clusters"})
+        found[table.name] = Tenant(
+            **limits, allow_clusters=tuple(table.allow_clusters), max_kv_bytes=round(table.max_kv_gb * 1e9)
+        )
+    return tuple(found.values())
 
 
 def _places(tables: Sequence[GpuTable], file: TomlFile) -> tuple[GpuPlace, ...]:
@@ -425,6 +481,7 @@ def _spec(engine: _Engine, file: TomlFile, place: Place) -> EngineSpec:
         kv_window_bytes_per_token=engine.kv_window_bytes_per_token,
         api_key_env=engine.api_key_env,
         cluster=engine.cluster,
+        hints=engine.hints,
         max_model_len=engine.max_model_len,
     )
     shape: KvShape | None = None

@@ -384,7 +384,7 @@ class Room:
         return self._engines_for(p.ticket) if model in self.models else None
 
     def _engines_for(self, t: Ticket) -> list[EngineSpec]:
-        found = [e for e in self.fleet.values() if e.model == t.model and not e.original]
+        found = [e for e in self.fleet.values() if e.serves(t) and not e.original]
         if t.pinned_engine:
             return [e for e in found if e.engine_id == t.pinned_engine] or found
         return [e for e in found if e.engine_id not in t.excluded_engines] or found

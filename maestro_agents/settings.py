@@ -149,6 +149,12 @@ class Settings(BaseSettings):
         max_length=128,
         description="Whose work this is: kept with every stage and observation.",
     )
+    site: str = Field(
+        default="",
+        max_length=64,
+        pattern=r"^[A-Za-z0-9_.-]*$",
+        description="Where this app runs, e.g. a region. Apps of one site share what they measure of the network to each cluster.",
+    )
     text_features: bool = Field(
         default=True,
         description="Tell the scheduler, beside lengths and counts, what helps to guess an answer's length from the words: "

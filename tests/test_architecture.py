@@ -29,6 +29,7 @@ PORTS = (
     "maestro_agents.tomlfile",
     "maestro_agents.settings",
     "maestro_agents.nodes",
+    "maestro_agents.tenants",
     "maestro_agents.ports",
     "maestro_agents.workflow",
 )
@@ -46,7 +47,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "maestro_agents.tomlfile": ("maestro_agents.errors",),
     "maestro_agents.settings": ("maestro_agents.core", "maestro_agents.errors", "maestro_agents.tomlfile"),
     "maestro_agents.nodes": ("maestro_agents.core", "maestro_agents.errors"),
-    "maestro_agents.ports": ("maestro_agents.core", "maestro_agents.errors", "maestro_agents.nodes"),
+    "maestro_agents.tenants": ("maestro_agents.core",),
+    "maestro_agents.ports": (
+        "maestro_agents.core",
+        "maestro_agents.errors",
+        "maestro_agents.nodes",
+        "maestro_agents.tenants",
+    ),
     "maestro_agents.workflow": ("maestro_agents.core", "maestro_agents.errors", "maestro_agents.ports"),
     "maestro_agents.predict": (*PORTS, "maestro_agents.predict"),
     "maestro_agents.policy": (*PORTS, "maestro_agents.policy"),

@@ -186,6 +186,7 @@ class Call:
             role=role,
             service_class=service_class,
             tenant=tenant,
+            site=self.client.settings.site,
             deadline_at_s=deadline_at_s,
             run_started_at_s=owner.started_at_s if owner else now_s,
             pushed_at_s=now_s,

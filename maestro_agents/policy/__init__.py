@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -181,12 +182,12 @@ def plan(snapshot: Snapshot, policy: Policy, *, epoch: int, now_s: float) -> Pla
 
 
 def candidates(ticket: Ticket, engines: Iterable[EngineState]) -> list[EngineState]:
-    """Engines that may serve a stage: its model, alive, pinned where its state lives, not where it just failed.
+    """Engines that may serve a stage: its model, its tenant allowed, alive, reached from its site, pinned where its state lives, not where it just failed.
 
     Where every live engine has failed it, it may try them again. Where the one with its state is dead, so is the state:
     another engine will say that it does not know it, which is what the caller has to hear.
     """
-    live = [e for e in engines if e.healthy and e.spec.model == ticket.model]
+    live = [e for e in engines if e.healthy and e.spec.serves(ticket) and math.isfinite(e.rtt_s(ticket.site))]
     pinned = [e for e in live if e.spec.engine_id == ticket.pinned_engine]
     if pinned:
         return pinned

@@ -24,7 +24,7 @@ def cost(ticket: Ticket, prediction: Prediction, engine: EngineState, cached_tok
     foreign = max(0, engine.waiting) / spec.slots
     tokens = prediction.output_tokens_mean
     return {
-        "network_s": spec.rtt_s,
+        "network_s": engine.rtt_s(ticket.site),
         "wait_s": foreign * tokens * decode,
         "prefill_s": max(0, ticket.prompt_tokens - cached_tokens) * prefill,
         "decode_s": tokens * (decode + beside * engine.reserved_slots),
@@ -55,5 +55,5 @@ def least_loaded(
 
 def nearest(ticket: Ticket, prediction: Prediction, engine: EngineState, cached_tokens: int = 0) -> Mapping[str, float]:
     """The nearest engine that has room, the least loaded of those as near."""
-    del ticket, prediction, cached_tokens
-    return {"network_s": engine.spec.rtt_s, "load": 1e-6 * engine.reserved_slots / engine.spec.slots}
+    del prediction, cached_tokens
+    return {"network_s": engine.rtt_s(ticket.site), "load": 1e-6 * engine.reserved_slots / engine.spec.slots}

@@ -17,6 +17,7 @@ from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError
 from maestro_agents.fleet import FleetTables, GpuPlace, GpuTable, Launch, load_tables
 from maestro_agents.simulator.hardware import Served, SimModel, gpus, server_bytes, sim_model, sim_models
+from maestro_agents.tenants import with_residency
 from maestro_agents.tomlfile import Place
 from maestro_serving.drivers import Host, NodeEngine, NodeGpu
 from maestro_serving.weights import size_bytes, weight_files
@@ -71,7 +72,7 @@ def load_host(path: Path, node_id: str, state: Path, *, elastic: bool = False) -
         found += here
         for e in made:
             spec = dataclasses.replace(e.spec, cluster=table.cluster, rtt_s=rtt_s.get(table.cluster, 0.0))
-            engines.append(dataclasses.replace(e, spec=spec))
+            engines.append(dataclasses.replace(e, spec=with_residency(spec, tables.live.tenants)))
         at_start += [e.engine_id for e in made if e.spec.model in table.models]
         _check_start(tables, place, here, made)
     for model in models.values():
