@@ -14,11 +14,12 @@ from typing import Any, Final
 
 import typer.main
 
-from maestro_agents import policy, scheduler, workflow
+from maestro_agents import distance, policy, scheduler, workflow
 from maestro_agents.cli import COMMANDS, build_app
 from maestro_agents.core import DEFAULT_DEADLINE_S, EXTEND_TOKENS
 from maestro_agents.errors import ConfigError
-from maestro_agents.policy import ageing, priority
+from maestro_agents.hints import DIALECTS
+from maestro_agents.policy import admission, ageing, priority
 from maestro_agents.predict import live, rest, roles, trainer
 from maestro_agents.predict.features import FEATURES, FEATURES_VERSION
 from maestro_agents.queue import memory
@@ -34,6 +35,17 @@ def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
     """A Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def hints() -> str:
+    """What each dialect of hints says, and how."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for name, dialect in DIALECTS.items():
+            words = "<br>".join(f"{field}: {where}" for field, where in dialect.words.items())
+            yield f"`{name}`", dialect.server, words or "nothing", dialect.order, dialect.needs
+
+    return table(("`hints`", "for", "says", "order", "it acts upon it with"), rows())
 
 
 def settings() -> str:
@@ -96,6 +108,24 @@ def constants() -> str:
         "observations kept": (memory.LOG_LENGTH, "`queue/memory.py`"),
     }
     return table(("what", "value", "where"), ((k, str(v), where) for k, (v, where) in found.items()))
+
+
+def distances() -> str:
+    """The numbers of `maestro_agents.distance`, and of an engine's return."""
+    found = {
+        "LOOK_S": f"{distance.LOOK_S:g} s",
+        "MEASURE_S": f"{distance.MEASURE_S:g} s, up to twice that by chance",
+        "KEPT_S": f"{distance.KEPT_S:g} s",
+        "requests of a measurement to an engine; engines; patience": (
+            f"{distance.PROBES}; {distance.ASKED}; {distance.PROBE_LIMIT_S:g} s"
+        ),
+        "weight of a new measurement": f"{distance.ALPHA:g}",
+        "NEAR_S": f"{1e3 * distance.NEAR_S:g} ms",
+        "the scheduler reads it every": f"{scheduler.DISTANCES_S:g} s",
+        "RETURN_SLOTS": admission.RETURN_SLOTS,
+        "RETURN_DOUBLES_S": f"{admission.RETURN_DOUBLES_S:g} s",
+    }
+    return table(("what", "value"), ((k, str(v)) for k, v in found.items()))
 
 
 def watched() -> str:
@@ -353,10 +383,12 @@ PARTS: Final = {
     "levels": levels,
     "constants": constants,
     "ageing": watched,
+    "distances": distances,
     "commands": commands,
     "dependencies": dependencies,
     "features": features,
     "hardware": hardware,
+    "hints": hints,
 }
 
 

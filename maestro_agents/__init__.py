@@ -37,4 +37,4 @@ Imports point one way, downwards in this list never; ``tests/test_architecture.p
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

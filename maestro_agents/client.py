@@ -20,7 +20,8 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Final
 
 from maestro_agents.core import (
@@ -36,11 +37,12 @@ from maestro_agents.core import (
     covered_tokens,
     kv_need_bytes,
 )
-from maestro_agents.errors import QueueFull, WaitTooLong
-from maestro_agents.room import Room
+from maestro_agents.errors import WaitTooLong
+from maestro_agents.room import Room, refused
 
 if TYPE_CHECKING:
     from maestro_agents.settings import Settings
+    from maestro_agents.tenants import Tenant
 
 BEAT_S: Final = 0.1
 """How often a waiting call shows its caller that it lives (LangGraph's idle timeout)."""
@@ -92,6 +94,8 @@ class Pass:
         self.draining = False
         #: Fencing token of the last grant given back: what comes under it comes too late.
         self.spent_token = 0
+        #: A full queue is asked again until the longest wait is over; else it is told to the caller at once.
+        self.patient = True
         #: The queue was full when it was last asked; it will be asked again.
         self.turned_away: Refusal | None = None
 
@@ -113,7 +117,7 @@ class Pass:
 
     # -- wait --------------------------------------------------------------------------------------------------------
     def wait(self, beat: Callable[[], None] | None = None) -> EngineSpec:
-        """Block until an engine is granted. Raises `QueueFull`, `StageRefused`, `NoEngineFits`, `WaitTooLong`, `RunGone`.
+        """Block until an engine is granted. Raises `QueueFull`, `QuotaExceeded`, `StageRefused`, `NoEngineFits`, `WaitTooLong`, `RunGone`.
 
         ``beat`` is called about every 0.1 s meanwhile. Never call it on an event loop: see `wait_async`.
         """
@@ -171,11 +175,7 @@ class Pass:
     def _granted(self) -> EngineSpec:
         if not self.future.done():
             if (full := self.turned_away) is not None:
-                raise QueueFull(
-                    f"The queue for model {self.ticket.model!r} is full, and was for "
-                    f"{self._room.settings.max_wait_s:g} s (MAESTRO_MAX_WAIT_S).",
-                    retry_after_s=full.retry_after_s,
-                )
+                raise refused(self.ticket, full, after_s=self._room.settings.max_wait_s)
             raise WaitTooLong(
                 f"no engine for {self.ticket.role or 'this call'} ({self.ticket.model}) within "
                 f"{self._room.settings.max_wait_s:g} s (MAESTRO_MAX_WAIT_S). See `maestro queue ls`."
@@ -188,6 +188,12 @@ class Pass:
     def sent(self) -> None:
         """The request is leaving for the engine."""
         self._was_sent = True
+
+    def send_to(self, engine: EngineSpec) -> None:
+        """A call that is only measured goes to this engine: its caller has no URL of its own."""
+        assert self.grant is not None
+        assert self.grant.token == 0  # no queue gave it
+        self.engine, self.grant = engine, dataclasses.replace(self.grant, engine_id=engine.engine_id)
 
     def first_byte(self) -> None:
         """The first byte of the answer reached the caller: from now on nothing is replayed."""
@@ -285,6 +291,7 @@ class Pass:
             service_class=t.service_class,
             tenant=t.tenant,
             status=status,
+            site=t.site,
             visit=t.visit,
             step=t.step,
             siblings=t.siblings,
@@ -336,7 +343,8 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.client_id = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._room = Room(settings, self.client_id, _fleet_of(settings))
+        engines, tenants = _fleet_of(settings)
+        self._room = Room(settings, self.client_id, engines, tenants)
 
     @classmethod
     def current(cls) -> Client:
@@ -390,6 +398,26 @@ class Client:
         """Somebody predicts from features. Not where the app's own URLs are the engines and nothing of it leaves the process."""
         return not self._room.own_url_mode
 
+    @property
+    def engines(self) -> Sequence[EngineSpec]:
+        """The engines of the fleet that were last known here, healthy or not."""
+        return tuple(e for e in self._room.fleet.values() if not e.original)
+
+    @property
+    def models(self) -> AbstractSet[str]:
+        """Every model that the fleet serves, can wake, or served since this process began. Empty until a fleet is known."""
+        return frozenset(self._room.models)
+
+    @property
+    def ready(self) -> bool:
+        """It has asked its queue what there is, and was answered, or has given up for now."""
+        return self._room.ready.is_set()
+
+    @property
+    def out(self) -> bool:
+        """Maestro is out: the queue does not answer, or nobody leads it."""
+        return self._room.down_since_s is not None
+
     def mode_of(self, key: str) -> Mode:
         """How much of a call is ours. ``key``: what keeps the calls of one run together (``rollout``)."""
         mode, rollout = self._room.mode, self.settings.rollout
@@ -441,13 +469,14 @@ def _percentile(key: str) -> float:
     return int.from_bytes(digest) / 2**64 * 100
 
 
-def _fleet_of(settings: Settings) -> dict[str, EngineSpec]:
-    """The fleet that this process schedules itself. Raises `ConfigError`."""
+def _fleet_of(settings: Settings) -> tuple[dict[str, EngineSpec], Sequence[Tenant]]:
+    """The fleet that this process schedules itself, and its tenants. Raises `ConfigError`."""
     if settings.redis_url or not settings.fleet or settings.mode is not Mode.ON:
-        return {}
+        return {}, ()
     from maestro_agents.fleet import load_fleet
 
-    return {e.engine_id: e for e in load_fleet(settings.fleet).running()}
+    fleet = load_fleet(settings.fleet)
+    return {e.engine_id: e for e in fleet.running()}, fleet.tenants
 
 
 _parents: list[Client] = []

@@ -287,6 +287,7 @@ class Observation:
     service_class: ServiceClass
     tenant: str
     status: Status
+    site: str = ""
     visit: int = 0
     step: int = 0
     siblings: int = 0
@@ -492,6 +493,8 @@ class EngineSpec:
     served_model: str = ""
     #: Stages it runs at a time (vLLM ``--max-num-seqs``).
     slots: int = 8
+    #: GPUs that it runs on (tensor parallelism): what its seconds are worth.
+    gpus: int = 1
     #: KV memory in bytes; 0 while unknown (then slots alone admit).
     kv_bytes: int = 0
     #: KV bytes of one token in all layers, on one GPU of the engine (as ``kv_bytes`` is).

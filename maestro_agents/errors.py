@@ -5,6 +5,7 @@ MaestroError
   QueueError             the queue
     QueueUnavailable       Redis cannot be reached
     QueueFull              the bound was reached, and stayed so        (retry_after_s)
+    QuotaExceeded          a quota of the tenant was reached, and stayed so   (retry_after_s)
     StageRefused           refused early: the deadline cannot be met   (retry_after_s)
     WaitTooLong            the gate's maximum wait passed
     RunGone                the run that owned the call ended while it waited
@@ -50,6 +51,10 @@ class _RetryLater(QueueError):
 
 class QueueFull(_RetryLater):
     """The queue for this model is full."""
+
+
+class QuotaExceeded(_RetryLater):
+    """The tenant has as many calls waiting as it may."""
 
 
 class StageRefused(_RetryLater):

@@ -9,6 +9,7 @@
     id = "a"
     model = "tiny"
     url = "http://127.0.0.1:8101/v1"          # adopt a running server ...
+    hints = "vllm"                            # how it is told of a call's place in line (docs/hints.md)
 
     [[engine]]
     id = "b"
@@ -36,12 +37,14 @@ A fleet that names GPUs instead of engines has its engines made of them: each mo
     kind = "a100-80g"                         # one of simulator/profiles/gpus.toml, or "cpu", or your own with memory_gb
     count = 4                                 # GPUs of a node
     nodes = 1
-    node = "n1"                               # its name; left out: CLUSTER.NUMBER. Tables of one name are one node
+    node = "n1"                               # its name; left out: CLUSTER.NUMBER. Tables of one name are one node.
+                                              # "*": any node whose agent says its name itself (maestro node --node)
     cluster = "local"
     host_ram_gb = 512                         # of a node, for the weights of sleeping models
     models = ["small"]                        # that run on each of them at the start; they share its memory
     # memory_gb = 3                           # where the kind does not say it; on "cpu" it is accounted, not physical
     # cpu_core = 0                            # "cpu": the core that its engines run on; the next GPU has the next core
+    # ray_resource = "accelerator_type:H100" # `maestro up --ray`: what its machine has, by Ray's name (docs/ray.md)
     # kv_factor = 2                           # live: KV budgets may come to so many times what there is (docs/gpu-memory.md)
 
     [[model]]                                 # left out: `models` names profiles
@@ -50,6 +53,7 @@ A fleet that names GPUs instead of engines has its engines made of them: each mo
     slots = 24                                # requests in a batch
     max_model_len = 8192                      # left out: as long as the model can
     tensor_parallel = 1                       # left out: as many GPUs as it needs
+    allow_clusters = ["local"]                # its engines are made there and nowhere else; left out: everywhere
     [model.launch]                            # live; left out: an emulator
     kind = "vllm"
     model_path = "models/small"
@@ -71,8 +75,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError
+from maestro_agents.hints import DIALECTS
 from maestro_agents.predict.memory import BLOCK_TOKENS, KvShape
-from maestro_agents.settings import check_redis_url
+from maestro_agents.redis_url import check_redis_url, without_password
 from maestro_agents.tenants import Tenant, with_residency
 from maestro_agents.tomlfile import Place, TomlFile, read_toml
 
@@ -137,8 +142,10 @@ def load_fleet(path: str | Path) -> Fleet:
     return load_tables(path).live
 
 
-def load_tables(path: str | Path) -> FleetTables:
-    """Read all tables of a fleet file. Raises `ConfigError`, one line, with the line of the file."""
+def load_tables(path: str | Path, *, this_node: str = "") -> FleetTables:
+    """Read all tables of a fleet file. ``this_node``: who the tables of node "*" are about, unless they name it; else they are
+    left out. Raises `ConfigError`, one line, with the line of the file.
+    """
     if not Path(path).exists():
         raise ConfigError(
             f"{path}: there is no such file: name another, or write one with an [[engine]] (id, model, url)"
@@ -153,7 +160,9 @@ def load_tables(path: str | Path) -> FleetTables:
     if not body.engine and not body.gpu:
         raise file.error((), "the fleet has no engine: add an [[engine]] with id, model and url")
     _check_clusters(body, file)
-    places = _places(body.gpu, file)
+    _check_models(body, file)
+    gpus = _about(body.gpu, this_node)
+    places = _places(gpus, file)
     seen: dict[str, int] = {}
     for n, engine in enumerate(body.engine):
         place: Place = ("engine", n)
@@ -183,7 +192,7 @@ def load_tables(path: str | Path) -> FleetTables:
         file=file.path if body.gpu else None,
         tenants=tenants,
     )
-    return FleetTables(file=file, live=live, clusters=body.cluster, gpus=body.gpu, models=body.model, places=places)
+    return FleetTables(file=file, live=live, clusters=body.cluster, gpus=gpus, models=body.model, places=places)
 
 
 def write_fleet(fleet: Fleet, path: Path) -> None:
@@ -201,6 +210,7 @@ def write_fleet(fleet: Fleet, path: Path) -> None:
             "url",
             "served_model",
             "slots",
+            "gpus",
             "kv_bytes",
             "kv_bytes_per_token",
             "kv_block_tokens",
@@ -228,6 +238,12 @@ def _check_engine_url(url: str) -> str:
     if url and (parts.scheme not in ("http", "https") or not parts.hostname):
         raise ValueError("an engine's url looks like http://127.0.0.1:8101/v1")
     return url.rstrip("/")
+
+
+def _check_dialect(name: str) -> str:
+    if name not in DIALECTS:
+        raise ValueError(f"nobody speaks it: engines are told hints as one of {', '.join(DIALECTS)}")
+    return name
 
 
 class _Table(BaseModel):
@@ -261,6 +277,7 @@ class _Engine(_Table):
     url: Annotated[str, AfterValidator(_check_engine_url)] = ""
     served_model: str = ""
     slots: PositiveInt = 16
+    gpus: NonNegativeInt = 0
     kv_tokens: NonNegativeInt = 0
     kv_bytes: NonNegativeInt = 0
     kv_bytes_per_token: NonNegativeInt = 0
@@ -268,7 +285,7 @@ class _Engine(_Table):
     kv_window_tokens: NonNegativeInt = 0
     kv_window_bytes_per_token: NonNegativeInt = 0
     api_key_env: str = ""
-    hints: str = "vllm"
+    hints: Annotated[str, AfterValidator(_check_dialect)] = "vllm"
     cluster: str = "local"
     max_model_len: NonNegativeInt = 0
     launch: _LaunchTable | None = None
@@ -287,13 +304,14 @@ class GpuTable(_Table):
     kind: str = Field(min_length=1)
     count: PositiveInt = 1
     nodes: PositiveInt = 1
-    node: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_.-]*$")
+    node: str = Field(default="", max_length=64, pattern=r"^([A-Za-z0-9_.-]*|\*)$")
     cluster: str = Field(default="local", min_length=1, max_length=64, pattern=_NAME)
     host_ram_gb: float = Field(default=512.0, ge=0, allow_inf_nan=False)
     models: list[str] = []
     memory_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     kv_factor: float = Field(default=1.0, ge=1, le=3.05, allow_inf_nan=False)
     cpu_core: NonNegativeInt | None = None
+    ray_resource: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_.:-]*$")
 
 
 class ModelTable(_Table):
@@ -304,7 +322,12 @@ class ModelTable(_Table):
     slots: NonNegativeInt = 0
     tensor_parallel: NonNegativeInt = 0
     max_model_len: NonNegativeInt = 0
+    allow_clusters: list[str] = []
     launch: _ModelLaunchTable | None = None
+
+    def may_run(self, cluster: str) -> bool:
+        """Its engines may be made there."""
+        return not self.allow_clusters or cluster in self.allow_clusters
 
 
 class TenantTable(_Table):
@@ -379,7 +402,8 @@ def _explain(error: ValidationError, file: TomlFile) -> ConfigError:
             )
         case _:
             problem = first["msg"].removeprefix("Value error, ")
-            return file.error(place, f"{name} = {first['input']!r}: {problem[:1].lower()}{problem[1:]}")
+            value = without_password(repr(first["input"]))
+            return file.error(place, f"{name} = {value}: {problem[:1].lower()}{problem[1:]}")
 
 
 _KEYS: Final[Mapping[tuple[str, ...], Mapping[str, Any]]] = {
@@ -411,24 +435,47 @@ def _check_clusters(body: _File, file: TomlFile) -> None:
             )
 
 
+def _check_allowed(allowed: Sequence[str], body: _File, file: TomlFile, place: Place) -> None:
+    """The clusters that a rule names exist: a misspelled one would allow nothing, or nothing that was meant."""
+    clusters = {c.name for c in body.cluster} | {e.cluster for e in body.engine} | {g.cluster for g in body.gpu}
+    lost = [c for c in allowed if c not in clusters]
+    if lost:
+        raise file.error(place, f"there is no cluster {lost[0]!r}: this fleet has {', '.join(sorted(clusters))}")
+
+
+def _check_models(body: _File, file: TomlFile) -> None:
+    """No [[gpu]] names a model that its cluster may not have."""
+    for n, model in enumerate(body.model):
+        _check_allowed(model.allow_clusters, body, file, ("model", n, "allow_clusters"))
+        for g, gpu in enumerate(body.gpu):
+            if model.name in gpu.models and not model.may_run(gpu.cluster):
+                raise file.error(
+                    ("gpu", g, "models"),
+                    f"model {model.name!r} may not run in cluster {gpu.cluster!r}: its allow_clusters has "
+                    f"{', '.join(model.allow_clusters)}. Leave it out here, or allow the cluster",
+                )
+
+
 def _tenants(body: _File, file: TomlFile) -> tuple[Tenant, ...]:
     """Each tenant is described once, and its clusters exist."""
-    clusters = {c.name for c in body.cluster} | {e.cluster for e in body.engine} | {g.cluster for g in body.gpu}
     found: dict[str, Tenant] = {}
     for n, table in enumerate(body.tenant):
         if table.name in found:
             raise file.error(("tenant", n, "name"), f"tenant {table.name!r} is described twice")
-        lost = [c for c in table.allow_clusters if c not in clusters]
-        if lost:
-            raise file.error(
-                ("tenant", n, "allow_clusters"),
-                f"there is no cluster {lost[0]!r}: this fleet has {', '.join(sorted(clusters))}",
-            )
+        _check_allowed(table.allow_clusters, body, file, ("tenant", n, "allow_clusters"))
         limits = table.model_dump(exclude={"max_kv_gb", "allow_clusters"})
         found[table.name] = Tenant(
             **limits, allow_clusters=tuple(table.allow_clusters), max_kv_bytes=round(table.max_kv_gb * 1e9)
         )
     return tuple(found.values())
+
+
+def _about(tables: Sequence[GpuTable], this_node: str) -> Sequence[GpuTable]:
+    """The tables with "*" filled in; without them where nobody asks, or where the file names this node."""
+    named = any(t.node == this_node for t in tables)
+    if this_node and not named:
+        return [t.model_copy(update={"node": this_node}) if t.node == "*" else t for t in tables]
+    return [t for t in tables if t.node != "*"]
 
 
 def _places(tables: Sequence[GpuTable], file: TomlFile) -> tuple[GpuPlace, ...]:
@@ -474,6 +521,7 @@ def _spec(engine: _Engine, file: TomlFile, place: Place) -> EngineSpec:
         model=engine.model,
         served_model=engine.served_model,
         slots=engine.slots,
+        gpus=engine.gpus or _number(launch, "--tensor-parallel-size", _number(launch, "-tp", 1)),
         kv_bytes=engine.kv_bytes,
         kv_bytes_per_token=engine.kv_bytes_per_token or 1,
         kv_block_tokens=engine.kv_block_tokens or _number(launch, "--block-size", BLOCK_TOKENS),

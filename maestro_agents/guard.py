@@ -4,7 +4,8 @@ Between the owner and the child stands a guard: this file, run as a script. It s
 waits for the first of: the command ended, the owner said stop, the owner is gone. The last shows in two ways, so that
 neither a forked copy of the owner nor an inherited pipe hides it: the pipe from the owner is closed, or the guard's
 parent is no longer the owner (looked at each second). Then it ends the command: SIGTERM, a grace period, and SIGKILL for
-the whole process group, children of the command included.
+the whole process group, children of the command included. Should the guard itself be killed, Linux tells the command (SIGTERM
+on the parent's death).
 
 The guard leads a session of its own: Ctrl-C in the owner's terminal reaches the owner only, which then ends things in
 its own order. POSIX only (Linux, macOS). Imports nothing of Maestro, so that it starts in some 20 ms.
@@ -116,7 +117,13 @@ def _guard(owner_pid: int, grace_s: float, remove_on_orphan: str, command: list[
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, _nothing)  # a handler, not SIG_IGN, which the command would inherit
     try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, process_group=0)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            process_group=0,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - a guard has one thread
+        )
     except OSError as e:
         sys.stderr.write(f"{command[0]}: {e}\n")
         return 127
@@ -137,6 +144,14 @@ def _guard(owner_pid: int, grace_s: float, remove_on_orphan: str, command: list[
 
 def _nothing(_number: int, _frame: object) -> None:
     """Be woken, do nothing."""
+
+
+def _end_with_parent() -> None:
+    """Linux: have SIGTERM when the guard dies (prctl PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _watch(child: subprocess.Popen[bytes], owner_pid: int, pipe: IO[bytes], told_to_stop: list[int]) -> bool:

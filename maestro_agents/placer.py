@@ -266,6 +266,12 @@ class Placer:
         seat = self._seats.get(engine_id)
         return seat is None or seat.report.tier == "gpu"
 
+    def beside(self, engine_id: str) -> int:
+        """Engines that are awake on its GPU, itself included."""
+        seat = self._seats.get(engine_id)
+        here = () if seat is None else (s for s in self._seats.values() if s.report.gpu_id == seat.report.gpu_id)
+        return max(1, sum(s.report.tier == "gpu" for s in here))
+
     def takes(self, engine_id: str) -> bool:
         """It may be given stages, as far as nodes and placement have a say in it."""
         seat = self._seats.get(engine_id)

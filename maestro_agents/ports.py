@@ -4,15 +4,22 @@ implementation to it (``tests/queue_contract.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, RunEnd, Status, Switch, Ticket, Verdict
 from maestro_agents.nodes import NodeReport, Wanted
+from maestro_agents.tenants import Tenant
 
 MODELS_KEPT: Final = 3
 MODEL_BYTES: Final = 16 * 2**20
+
+USAGE_DAYS: Final = 400
+"""Days for which what tenants used is kept."""
+
+RETRY_FLOOR_S: Final = 0.5
+"""The least that a refusal tells its caller to wait."""
 
 
 class Clock(Protocol):
@@ -56,6 +63,8 @@ class Running:
     kv_bytes: int
     granted_at_s: float
     lease_until_s: float
+    #: Output tokens that were reserved for it when it was granted.
+    output_tokens: int = 0
     #: Why there, as the grant said; empty on the fast path.
     because: Mapping[str, float] = field(default_factory=dict[str, float])
 
@@ -68,11 +77,38 @@ class Ledger:
     kv_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distance:
+    """The network between a site of apps (``MAESTRO_SITE``) and a cluster, as one of those apps measured it (`distance`)."""
+
+    site: str
+    cluster: str
+    #: To there and back, smoothed; inf: it cannot be reached from there.
+    rtt_s: float
+    measured_at_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backlog:
+    """Seconds in which what waits now will have been served, as the leader predicts: what a refusal tells its caller to wait."""
+
+    models: Mapping[str, float] = field(default_factory=dict[str, float])
+    #: Of tenants that have a quota, as far as that lets them.
+    tenants: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+NO_BACKLOG: Final = Backlog()
+
+
 class Queue(Protocol):
     """The pool's queue. `memory.MemoryQueue` is the specification; `redis.RedisQueue` keeps the same promises.
 
     Every command is atomic. A command that the lifecycle does not allow (`core.TRANSITIONS`) changes nothing and says
-    so by its result. Every command that changes a stage names the fencing token it acts under.
+    so by its result.
+
+    A grant is a stage id (random, 122 bits at least), a fencing token and the client that it was given to. What a client
+    says of a stage counts only where all three are those of the grant (the stage id and the client, while it waits); to
+    anybody else the queue answers as if it did not know the stage, and nothing changes.
     """
 
     #: Entries that the observation log keeps.
@@ -84,8 +120,11 @@ class Queue(Protocol):
 
         The fast path is taken only when credits of the current epoch are valid at ``now_s``, no stage of the same model
         waits, and an engine of ``engines`` (allowed for this ticket) has a slot and the role's p99 KV bytes. A nested
-        ticket ignores the ready set and the bounds: it is granted on the allowed engine with the most free slots.
-        Pushing a known stage again changes nothing and returns its grant, if it has one. A full queue refuses.
+        ticket ignores the ready set and the bounds: it is granted on the allowed engine with the most free slots. A tenant
+        that is metered has no fast path, but for nested tickets: what it may start the scheduler alone knows.
+        Pushing a known stage again changes nothing and returns its grant, if it has one, to the client that holds it. A
+        full queue refuses (``full``), and so does a tenant's own bound on what of it may wait (``quota``: its
+        ``max_waiting``, which nested tickets ignore); ``retry_after_s`` is the leader's `Backlog`, or `RETRY_FLOOR_S`.
         """
         ...
 
@@ -98,25 +137,34 @@ class Queue(Protocol):
         ...
 
     async def announce(self, ticket: Ticket, grant: Grant | None, *, now_s: float) -> None:
-        """Tell a queue that forgot (a Redis that lost its memory) what this client waits for or holds. Idempotent."""
+        """Tell a queue that forgot what this client waits for or holds. Idempotent.
+
+        It may have forgotten all (a Redis that lost its memory) or the last moment (a replica that took over): then it
+        knows a stage as waiting whose grant this client has.
+        """
         ...
 
-    async def finish(self, observation: Observation, *, token: int, now_s: float) -> bool:
+    async def finish(self, observation: Observation, *, client_id: str, token: int, now_s: float) -> bool:
         """End a granted stage as DONE or FAILED, free its reservation, append the observation. False if not ours."""
         ...
 
     async def requeue(self, ticket: Ticket, *, token: int, now_s: float, draining: bool) -> bool:
-        """Take a granted stage back to the ready set under the ticket's new moment (before its first byte)."""
-        ...
-
-    async def cancel(self, stage_id: str, model: str, *, now_s: float, draining: bool) -> Status | None:
-        """Withdraw a stage. ``draining``: its request had left, so its reservation stays until `settle`.
-
-        Returns the status it had before, None where the stage is unknown.
+        """Take a granted stage of ``ticket.client_id`` back to the ready set under the ticket's new moment (before its first
+        byte). False if not ours.
         """
         ...
 
-    async def extend(self, stage_id: str, *, token: int, kv_bytes: int) -> bool | None:
+    async def cancel(
+        self, stage_id: str, model: str, *, client_id: str | None, now_s: float, draining: bool
+    ) -> Status | None:
+        """Withdraw a stage. ``draining``: its request had left, so its reservation stays until `settle`.
+
+        ``client_id``: None for an operator, whom every stage obeys. Returns the status it had before, None where the stage
+        is unknown or another client's.
+        """
+        ...
+
+    async def extend(self, stage_id: str, *, client_id: str, token: int, kv_bytes: int) -> bool | None:
         """Raise the reservation of a granted stage to ``kv_bytes`` in all, in its record and in the ledger.
 
         A total, so that it may be said twice; never less than before. What ends the stage frees all of it. None: not ours
@@ -153,10 +201,23 @@ class Queue(Protocol):
         """The engines that the scheduler last published."""
         ...
 
+    async def tenants(self) -> Sequence[Tenant]:
+        """The tenants that the scheduler last published."""
+        ...
+
+    async def tell_distances(self, distances: Sequence[Distance]) -> None:
+        """Keep what was measured, in place of what was known of the same site and cluster."""
+        ...
+
+    async def distances(self) -> Sequence[Distance]:
+        """What was measured last from each site to each cluster. How old is too old is the reader's business."""
+        ...
+
     # -- the scheduler's side ----------------------------------------------------------------------------------------
     async def lead(self, holder: str, *, ttl_s: float, now_s: float, at_least: int = 0) -> int | None:
         """Take or keep leadership. Returns the epoch: it grows whenever the holder changes and is never below
-        ``at_least`` (how a leader raises it after the store restarted). None: another leads.
+        ``at_least`` (how a leader raises it after the store restarted; tokens that follow are larger than any that a
+        store which lost its last moment may have forgotten). None: another leads.
         """
         ...
 
@@ -165,13 +226,30 @@ class Queue(Protocol):
         ...
 
     async def publish(
-        self, engines: Sequence[EngineSpec], *, p99: Mapping[str, float], epoch: int, valid_until_s: float
+        self,
+        engines: Sequence[EngineSpec],
+        *,
+        p99: Mapping[str, float],
+        epoch: int,
+        valid_until_s: float,
+        tenants: Sequence[Tenant] = (),
+        backlog: Backlog = NO_BACKLOG,
     ) -> bool:
-        """Publish the fleet, its credits and each role's p99 output tokens. False: a newer epoch rules."""
+        """Publish the fleet, its credits, its tenants, how long refused ones shall wait, and each role's p99 output tokens.
+        False: a newer epoch rules, and nothing has changed.
+        """
         ...
 
-    async def heads(self, model: str, n: int) -> Sequence[Ticket]:
-        """The first ``n`` waiting stages of a model, by moment."""
+    async def heads(self, model: str, n: int, *, at_most: Mapping[str, int] | None = None) -> Sequence[Ticket]:
+        """The first ``n`` waiting stages of a model, by moment.
+
+        ``at_most``: no more than so many of each of these tenants, which do not count towards ``n``: however many of theirs are
+        held back, the others are seen. Nested stages are nobody's here.
+        """
+        ...
+
+    async def waiting(self, tenants: Collection[str]) -> Mapping[str, int]:
+        """How many stages of each of these tenants wait, nested ones left out."""
         ...
 
     async def reorder(self, moments: Mapping[str, float], model: str) -> None:
@@ -220,6 +298,22 @@ class Queue(Protocol):
         """Up to ``n`` entries of the observation log after a position ("" for the beginning), and the new position."""
         ...
 
+    async def charge(self, days: Mapping[str, Mapping[str, int]], *, after: str, to: str, epoch: int) -> bool:
+        """Add to the counters of days (``YYYY-MM-DD``) what the observation log says between two positions, and keep ``to``.
+
+        All or nothing, and each part of the log once: False, and nothing has changed, where ``after`` is not `charged_to`, or a
+        newer epoch rules. Counters live for `USAGE_DAYS`.
+        """
+        ...
+
+    async def charged_to(self) -> str:
+        """The position of the observation log up to which usage was counted; "" where none was."""
+        ...
+
+    async def usage(self, day: str) -> Mapping[str, int]:
+        """The counters of a day (`maestro_agents.chargeback` names them); empty where there are none."""
+        ...
+
     async def publish_model(self, version: str, *, card: str, data: bytes | None, epoch: int | None) -> bool:
         """Make a trained model the pool's, and keep the `MODELS_KEPT` that were so last.
 
@@ -263,6 +357,19 @@ class Queue(Protocol):
 
         It outlives the scheduler. Of the same wishes in a new epoch the version is a new one.
         """
+        ...
+
+    # -- the gateways' side ------------------------------------------------------------------------------------------
+    async def add_api_key(self, digest: str, about: str) -> None:
+        """Let a key of gateways count from now on. ``digest``: what is kept of it; ``about``: whose it is, JSON."""
+        ...
+
+    async def api_keys(self) -> Mapping[str, str]:
+        """What is kept of the keys that count, by digest."""
+        ...
+
+    async def remove_api_key(self, digest: str) -> bool:
+        """Let a key count no more. False: there was none."""
         ...
 
     async def incarnation(self) -> str:

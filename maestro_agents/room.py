@@ -24,7 +24,7 @@ import shlex
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -40,19 +40,22 @@ from maestro_agents.core import (
     Ticket,
     Verdict,
 )
+from maestro_agents.distance import LOOK_S, Distances
 from maestro_agents.errors import (
     MaestroError,
     NoEngineFits,
     QueueFull,
     QueueUnavailable,
+    QuotaExceeded,
     RunGone,
     StageRefused,
 )
 from maestro_agents.events import EventFile
 from maestro_agents.policy import wire_priority
-from maestro_agents.ports import Clock, Queue, Renewal
+from maestro_agents.ports import RETRY_FLOOR_S, Clock, Queue, Renewal
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.scheduler import Scheduler
+from maestro_agents.tenants import Tenant
 
 if TYPE_CHECKING:
     from maestro_agents.client import Pass
@@ -61,6 +64,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("maestro")
 
 RETRY_S: Final = 0.25
+
+SPREAD: Final = 0.25
+"""Share by which callers that were refused at the same time are told later moments than each other."""
+
 FLUSH_S: Final = 2.0
 """Longest wait at interpreter exit for the last reports to leave."""
 
@@ -78,6 +85,8 @@ FILE_S: Final = 0.5
 
 OWN_LOG_LENGTH: Final = 2_000
 """Observations that an own queue keeps: its only reader, the scheduler beside it, is never further behind."""
+
+_STAYS: Final = "Tenant {tenant!r} may be served by engines of certain clusters only: its call was not made."
 
 WITHDRAWN: Final = "This call was withdrawn while it waited."
 UNSERVED_LIMIT: Final = 1_000
@@ -102,7 +111,9 @@ class Room:
     whether it still waits under the name it had (`_waits`).
     """
 
-    def __init__(self, settings: Settings, client_id: str, engines: dict[str, EngineSpec]) -> None:
+    def __init__(
+        self, settings: Settings, client_id: str, engines: dict[str, EngineSpec], tenants: Sequence[Tenant] = ()
+    ) -> None:
         self.settings = settings
         self.client_id = client_id
         self.clock: Clock = _SteadyClock()
@@ -110,6 +121,7 @@ class Room:
             lease_s=settings.lease_s, max_queue=settings.max_queue, log_length=OWN_LOG_LENGTH
         )
         self.scheduler: Scheduler | None = None
+        self._tenants = tenants
         self.fleet = engines
         self.switch = Switch()
         #: See `Client.salt`.
@@ -120,6 +132,9 @@ class Room:
         self.events = EventFile(settings.events) if settings.events and settings.mode is not Mode.OFF else None
         #: Every model that the fleet ever served: its calls are ours also while its engines are dead.
         self.models = {e.model for e in engines.values()}
+        #: Every tenant that ever had residency rules: its prompts go where the fleet's owner allows, or nowhere.
+        self.restricted = {t.name for t in tenants if t.allow_clusters}
+        self.distances = Distances(settings.site, lambda: self.clock.now_s())  # noqa: PLW0108 - the clock may become another
         self._met_nodes_at_s = -math.inf
         self.waiting: dict[str, Pass] = {}
         self.held: dict[str, Pass] = {}
@@ -161,7 +176,9 @@ class Room:
 
     def abandon(self, p: Pass) -> None:
         """Answer a pass that this room, closed, cannot serve any more. From any thread."""
-        if self.settings.on_outage == "closed":
+        if p.ticket.tenant in self.restricted:
+            _fail(p, QueueUnavailable(f"Maestro was shut down. {_STAYS.format(tenant=p.ticket.tenant)}"))
+        elif self.settings.on_outage == "closed":
             _fail(p, QueueUnavailable("Maestro was shut down and MAESTRO_ON_OUTAGE=closed: the call was not made."))
         else:
             self._let_through(p, self.original(p))
@@ -243,7 +260,12 @@ class Room:
                     await self._meet()
             elif s.mode is Mode.ON:
                 self.scheduler = Scheduler(
-                    self.queue, self.fleet.values(), clock=self.clock, holder=self.client_id, lease_s=s.lease_s
+                    self.queue,
+                    self.fleet.values(),
+                    clock=self.clock,
+                    holder=self.client_id,
+                    lease_s=s.lease_s,
+                    tenants=self._tenants,
                 )
                 await self.scheduler.lead()
                 if not self.own_url_mode:  # else there is one engine, and nothing to choose by
@@ -256,6 +278,8 @@ class Room:
             services.append(("listener", self.listen, 0.0))
         if s.redis_url:
             services.append(("switch", self.watch_switch, SWITCH_S))
+        if s.site and s.mode is Mode.ON and not self.own_url_mode:
+            services.append(("distances", self.look_around, LOOK_S))
         if self.events is not None:
             services.append(("events file", functools.partial(asyncio.to_thread, self.events.write), FILE_S))
         for name, service, pause_s in services:
@@ -293,6 +317,8 @@ class Room:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(Exception):
+            await self.distances.close()
+        with contextlib.suppress(Exception):
             await self.queue.close()
 
     # -- admit -------------------------------------------------------------------------------------------------------
@@ -304,7 +330,7 @@ class Room:
         queue, t = self._own_queue(), p.ticket
         if queue is None or self.mode is not Mode.ON:
             return False
-        places = [self.fleet.get(_original_id(p))] if self.own_url_mode else self._engines_for(t)
+        places = [self.fleet.get(_original_id(p))] if self.own_url_mode else self._fast_places(t)
         known = [place for place in places if place is not None]
         if not known:
             return False
@@ -350,11 +376,11 @@ class Room:
                     return
                 p.pushed = True
                 verdict = await self.queue.push(t, engines=places, now_s=self.clock.now_s())
-                p.turned_away = _turned_away(t, verdict)
+                p.turned_away = _turned_away(t, verdict) if p.patient else None
                 if p.turned_away is None:
                     break
                 verdict = None
-                await asyncio.sleep(p.turned_away.retry_after_s * random.uniform(1.0, 2.0))
+                await asyncio.sleep(RETRY_FLOOR_S * random.uniform(1.0, 2.0))
             except QueueUnavailable as e:
                 self._down(e)
                 await asyncio.sleep(RETRY_S)
@@ -381,9 +407,15 @@ class Room:
             if self.clock.now_s() - self._met_nodes_at_s >= NODES_S:
                 self._met_nodes_at_s = self.clock.now_s()
                 self.models |= await self._models_of_nodes()
-        return self._engines_for(p.ticket) if model in self.models else None
+        return self._fast_places(p.ticket) if model in self.models else None
+
+    def _fast_places(self, t: Ticket) -> list[EngineSpec]:
+        """Where the fast path, which weighs nothing, may go. A nested stage, which cannot wait for the planner: anywhere that it reaches."""
+        found = self._engines_for(t)
+        return self.distances.reached(found) if t.nested else self.distances.alike(found)
 
     def _engines_for(self, t: Ticket) -> list[EngineSpec]:
+        """The engines that may serve a stage, as far as is known here."""
         found = [e for e in self.fleet.values() if e.serves(t) and not e.original]
         if t.pinned_engine:
             return [e for e in found if e.engine_id == t.pinned_engine] or found
@@ -391,7 +423,7 @@ class Room:
 
     def _pass_by(self, p: Pass) -> None:
         """A model that no fleet serves: the call goes to its own URL. Without any fleet, ``closed`` forbids that."""
-        if not self.models and self.settings.on_outage == "closed":
+        if not self.models and self._on_outage(p.ticket.tenant) == "closed":
             self._refuse(p, QueueUnavailable("no scheduler has published a fleet, and MAESTRO_ON_OUTAGE=closed."))
             return
         if not self.models and not self._told_unserved:
@@ -425,7 +457,7 @@ class Room:
         p = self.waiting.get(verdict.stage_id)
         if isinstance(verdict, Refusal):
             if p is not None:
-                self._refuse(p, _refusal(p, verdict))
+                self._refuse(p, refused(p.ticket, verdict))
             return
         if p is None:
             if verdict.stage_id not in self.held:  # else it was told twice
@@ -448,7 +480,7 @@ class Room:
 
     async def _return(self, grant: Grant) -> None:
         """A grant without a taker: its caller is gone."""
-        cancel = functools.partial(self.queue.cancel, grant.stage_id, "", draining=False)
+        cancel = functools.partial(self.queue.cancel, grant.stage_id, "", client_id=self.client_id, draining=False)
         await self._say(lambda: cancel(now_s=self.clock.now_s()))
 
     async def _meet_engine(self, p: Pass, grant: Grant) -> None:
@@ -529,6 +561,11 @@ class Room:
             self._spawn(functools.partial(self._say, self._cancel, p.ticket, draining=p.draining), ())
         self._let_through(p, self.original(p))
 
+    async def look_around(self) -> None:
+        """Know how far the clusters are (`distance`)."""
+        if self.mode is Mode.ON:
+            await self.distances.look(self.queue, list(self.fleet.values()))
+
     # -- Maestro is out ----------------------------------------------------------------------------------------------
     def _trouble(self, where: str, error: Exception, *, since_s: float) -> None:
         """The queue cannot be used: it is out, or it has a bug, which is as bad."""
@@ -548,11 +585,11 @@ class Room:
                 f"{self.settings.local_concurrency} at a time",
                 "closed": "Calls fail",
                 "original_url": "Calls go to their own URL",
-            }[self.settings.on_outage]
+            }[self._on_outage()]
             if self.settings.mode is Mode.OBSERVE:
                 log.warning("nothing is recorded in Redis for now: %s Your calls are not affected.", why)
             else:
-                log.warning("Maestro is out: %s %s (MAESTRO_ON_OUTAGE=%s).", why, then, self.settings.on_outage)
+                log.warning("Maestro is out: %s %s (MAESTRO_ON_OUTAGE=%s).", why, then, self._on_outage())
 
     def _up(self) -> None:
         """Maestro is back: those that wait for room in this process go to the queue instead."""
@@ -571,6 +608,13 @@ class Room:
     def _out(self) -> bool:
         return self.down_since_s is not None and time.monotonic() - self.down_since_s > self.settings.outage_after_s
 
+    def _on_outage(self, tenant: str = "") -> str:
+        """What an outage means for a call: a tenant with residency rules has to be let out by name, and never to its own URL."""
+        said = self.settings.on_outage
+        if tenant in self.restricted:
+            return "open" if said == "open" else "closed"
+        return said or "open"
+
     @property
     def _patience_s(self) -> float:
         """How long the heartbeat waits for an answer before it calls that an outage."""
@@ -584,8 +628,14 @@ class Room:
         if p.pushed:
             self._later(functools.partial(self._cancel, p.ticket, draining=p.draining))
         self._rename(p)
-        if self.settings.on_outage == "closed":
-            self._refuse(p, QueueUnavailable("Maestro is out and MAESTRO_ON_OUTAGE=closed: the call was not made."))
+        if self._on_outage(p.ticket.tenant) == "closed":
+            closed = "Maestro is out and MAESTRO_ON_OUTAGE=closed: the call was not made."
+            if p.ticket.tenant in self.restricted and self.settings.on_outage != "closed":
+                closed = (
+                    f"Maestro is out. {_STAYS.format(tenant=p.ticket.tenant)} MAESTRO_ON_OUTAGE=open would let it go to the "
+                    "allowed engines that were known last."
+                )
+            self._refuse(p, QueueUnavailable(closed))
         elif p.ticket.nested:
             self._start_locally(p)  # its parent, which holds a slot, waits for it
         else:
@@ -597,10 +647,17 @@ class Room:
             self._start_locally(next(iter(self.local_queue.values())))
 
     def _start_locally(self, p: Pass) -> None:
-        """Let a pass through to the known engine with fewest of ours, or to its own URL."""
-        engines = [] if self.settings.on_outage == "original_url" else self._engines_for(p.ticket)
+        """Let a pass through to the known engine with fewest of ours, the nearest of those; or to its own URL."""
+        t = p.ticket
+        known = [] if self._on_outage(t.tenant) == "original_url" else self._engines_for(t)
+        engines = self.distances.reached(known) or known
+        if not engines and t.tenant in self.restricted:
+            why = f"Maestro is out. {_STAYS.format(tenant=t.tenant)} No allowed one is known."
+            self._refuse(p, QueueUnavailable(why))
+            return
         busy = Counter(self.local.values())
-        engine = min(engines or [self.original(p)], key=lambda e: (busy[e.engine_id], e.engine_id))
+        near = self.distances.rtt_s
+        engine = min(engines or [self.original(p)], key=lambda e: (busy[e.engine_id], near(e), e.engine_id))
         self.local[p.ticket.stage_id] = engine.engine_id
         self._let_through(p, engine.in_outage())
 
@@ -634,7 +691,7 @@ class Room:
         queue = self._own_queue()
         if queue is None or p.mode is not Mode.ON or self.held.get(grant.stage_id) is not p:
             return False
-        if not queue.finish_at_once(observation, token=grant.token):
+        if not queue.finish_at_once(observation, client_id=p.ticket.client_id, token=grant.token):
             return False
         self.held.pop(grant.stage_id, None)
         if self.events is not None:
@@ -661,7 +718,7 @@ class Room:
         if p.mode is Mode.OBSERVE:
             await self._record(observation)
         elif not self._end_locally(grant.stage_id) and self.held.pop(grant.stage_id, None) is p:
-            say = functools.partial(self.queue.finish, observation, token=grant.token)
+            say = functools.partial(self.queue.finish, observation, client_id=p.ticket.client_id, token=grant.token)
             await self._say(lambda: say(now_s=observation.finished_at_s))
 
     async def _record(self, observation: Observation) -> None:
@@ -682,7 +739,10 @@ class Room:
         if self.mode is not Mode.ON:
             self._bypass(p)
             return
-        if not at_once:
+        if at_once:
+            await self._look_again(p, grant.engine_id)
+            t = p.ticket
+        else:
             await asyncio.sleep(RETRY_S)
         if grant.token and self._waits(p, t.stage_id):
             try:
@@ -700,6 +760,19 @@ class Room:
         if self._waits(p, t.stage_id):  # the queue knows this stage no more by its name, or never did
             self._rename(p)
             await self._push(p)
+
+    async def _look_again(self, p: Pass, engine_id: str) -> None:
+        """A call could not connect. Where its whole cluster cannot be reached from here, it does not try its other engines."""
+        engine = self.fleet.get(engine_id)
+        if engine is None or engine.original or not self.settings.site:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETRY_S):
+                await self.distances.doubt(self.queue, self.fleet.values(), engine.cluster)
+        if not math.isfinite(self.distances.rtt_s(engine)):
+            lost = (e.engine_id for e in self.fleet.values() if e.cluster == engine.cluster)
+            excluded = tuple(dict.fromkeys((*p.ticket.excluded_engines, *lost)))
+            p.ticket = p.ticket.evolve(excluded_engines=excluded)
 
     async def withdraw(self, p: Pass, *, was_sent: bool) -> None:
         """Say that a stage's caller is gone. A grant that is on its way finds no taker and is given back."""
@@ -720,13 +793,15 @@ class Room:
         grant = p.grant
         if p.ended or grant is None or grant.token != token:
             return
-        fits = await self.queue.extend(grant.stage_id, token=token, kv_bytes=grant.kv_bytes)
+        client_id = p.ticket.client_id
+        fits = await self.queue.extend(grant.stage_id, client_id=client_id, token=token, kv_bytes=grant.kv_bytes)
         if p.grant is grant:
             p.overdrafts += fits is False
             p.outgrown_at = grant.output_tokens
 
-    async def _cancel(self, t: Ticket, *, draining: bool) -> None:
-        await self.queue.cancel(t.stage_id, t.model, now_s=self.clock.now_s(), draining=draining)
+    async def _cancel(self, t: Ticket, *, draining: bool) -> Status | None:
+        now_s = self.clock.now_s()
+        return await self.queue.cancel(t.stage_id, t.model, client_id=t.client_id, now_s=now_s, draining=draining)
 
     async def end_run(self, run: RunEnd) -> None:
         """The run is over: wake whoever still waits for it, then tell the statistics."""
@@ -823,6 +898,7 @@ class Room:
             self._sync_clock = None
         if not self.salt:
             self.salt = await self.queue.salt()
+        self.restricted |= {t.name for t in await self.queue.tenants() if t.allow_clusters}
         asleep = await self._models_of_nodes()
         await self.refresh_fleet()
         self.models |= asleep  # last: who knows some models takes the calls of all others for none of ours
@@ -871,7 +947,7 @@ class Room:
         t = p.ticket
         status = None
         with contextlib.suppress(QueueUnavailable):
-            status = await self.queue.cancel(t.stage_id, t.model, now_s=self.clock.now_s(), draining=False)
+            status = await self._cancel(t, draining=False)
         if status is Status.REFUSED:
             await asyncio.sleep(RETRY_S)  # its refusal is on its way, or was lost
             if self._waits(p, t.stage_id):
@@ -886,24 +962,39 @@ def _priority(t: Ticket) -> int:
     return 0 if t.nested else wire_priority(t.due_at_s)
 
 
-def _refusal(p: Pass, refusal: Refusal) -> MaestroError:
-    t = p.ticket
+def refused(t: Ticket, refusal: Refusal, *, after_s: float = 0.0) -> MaestroError:
+    """What the caller of a refused stage is told. ``after_s``: for so long it was tried.
+
+    Of those that are refused together each is told another moment to come again, so that they do not come together.
+    """
+    again_s = refusal.retry_after_s * random.uniform(1.0, 1.0 + SPREAD)
+    tried = f", and was for {after_s:g} s (MAESTRO_MAX_WAIT_S)" if after_s else ""
     if refusal.reason == "full":
-        return QueueFull(f"The queue for model {t.model!r} is full.", retry_after_s=refusal.retry_after_s)
-    if refusal.reason == "deadline":
-        return StageRefused(
-            f"The deadline of {t.role or 'this run'} cannot be met.", retry_after_s=refusal.retry_after_s
+        return QueueFull(f"The queue for model {t.model!r} is full{tried}.", retry_after_s=again_s)
+    if refusal.reason == "quota":
+        what = f"Tenant {t.tenant!r} has as many calls waiting as it may (max_waiting){tried}."
+        return QuotaExceeded(what, retry_after_s=again_s)
+    if refusal.reason == "beyond quota":
+        return NoEngineFits(
+            f"{t.prompt_tokens} prompt tokens of {t.role or 'this call'} are more than tenant {t.tenant!r} may ever use at a "
+            "time: see max_kv_gb and tokens_per_minute in the fleet file."
         )
+    if refusal.reason == "deadline":
+        return StageRefused(f"The deadline of {t.role or 'this run'} cannot be met.", retry_after_s=again_s)
     if refusal.reason == "operator":
         return StageRefused("An operator withdrew this call (`maestro queue cancel`).")
+    if refusal.reason == "residency":
+        return NoEngineFits(
+            f"tenant {t.tenant!r} may not be served anywhere that {t.model!r} is: see allow_clusters in the fleet file."
+        )
     return NoEngineFits(
         f"no engine for {t.model!r} could ever hold {t.prompt_tokens} prompt tokens + output of {t.role or 'this call'}"
     )
 
 
 def _turned_away(t: Ticket, verdict: Verdict | None) -> Refusal | None:
-    """The refusal of a full queue, where its caller would rather wait than be told."""
-    if isinstance(verdict, Refusal) and verdict.reason == "full" and not t.refuse_late:
+    """The refusal of a queue, or of a tenant's part of it, that is full, where its caller would rather wait than be told."""
+    if isinstance(verdict, Refusal) and verdict.reason in ("full", "quota") and not t.refuse_late:
         return verdict
     return None
 

@@ -9,19 +9,24 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+from maestro_agents.chargeback import FOLD_S, Chargeback
 from maestro_agents.core import EngineSpec, EngineState, Observation, Prediction, RunEnd, Ticket
+from maestro_agents.distance import by_cluster
 from maestro_agents.errors import QueueUnavailable
 from maestro_agents.placer import Placer, Waiting
 from maestro_agents.policy import OURS, Plan, Policy, Snapshot, plan
+from maestro_agents.policy.admission import open_slots
 from maestro_agents.policy.fairness import Shares
-from maestro_agents.ports import Clock, EngineHealth, EngineProbe, Queue, Reservation, Running
+from maestro_agents.policy.quota import Left, Minutes, Use, may_start, served_in_s
+from maestro_agents.ports import Backlog, Clock, EngineHealth, EngineProbe, Queue, Reservation, Running
 from maestro_agents.predict.prefix import PrefixCaches
 from maestro_agents.predict.roles import MAX_ROLES, Predicts, RoleStatistics
 from maestro_agents.predict.speed import EngineSpeeds
+from maestro_agents.tenants import Tenant
 from maestro_agents.tokens import EngineKey
 from maestro_agents.workflow import Workflows, with_join_slack
 
@@ -31,6 +36,9 @@ log = logging.getLogger("maestro.scheduler")
 
 HEADS: Final = 256
 """Waiting stages of a model that one round looks at."""
+
+HEADS_OF_TENANT: Final = 16
+"""Of them, of each tenant whose quota may hold its stages back; those come on top."""
 
 TICK_S: Final = 0.25
 """Longest pause between two rounds when nothing wakes the scheduler."""
@@ -50,10 +58,17 @@ ARRIVAL_S: Final = 0.25
 DRAIN_LEASES: Final = 6.0
 """Leases after which a reservation is given back though its engine never agreed: others may use that engine too."""
 
+RESIGN_S: Final = 1.0
+"""Longest that a scheduler which ends in order waits for Redis to hear it."""
+
+DISTANCES_S: Final = 1.0
+"""Seconds between two readings of what apps measured of the network (`distance`)."""
+
 GRAPH_RETRY_S: Final = 30.0
 """Seconds after which a workflow that nobody had described is asked for again."""
 
 MAX_GRAPHS: Final = 10_000
+MAX_LOST: Final = 1_000
 
 MAX_DEBTS: Final = 100_000
 """Stages whose tenant's debt is remembered, so that each is charged once."""
@@ -64,6 +79,7 @@ class Scheduler:
 
     ``engines``: the fleet, as far as no node reports it (`placer`). ``probe``: reads engines' own account; None where they have none (the caller's own URL).
     ``policy``: one of `policy.POLICIES`, or one with the user's own functions. ``predictor``: online statistics alone where none is given.
+    ``tenants``: what each is granted; one that is not named weighs 1 and has no quota.
     ``key``: signs what the proxies in front of engines ask for; None where clients reach engines without one.
     """
 
@@ -79,6 +95,7 @@ class Scheduler:
         predictor: Predicts | None = None,
         lease_s: float = 10.0,
         key: EngineKey | None = None,
+        tenants: Iterable[Tenant] = (),
     ) -> None:
         self.queue = queue
         self.engines = {e.engine_id: e for e in engines}
@@ -96,7 +113,11 @@ class Scheduler:
         self.workflows = Workflows()
         self.placer = Placer(queue, policy.place, self.workflows)
         self.prefixes = PrefixCaches()
-        self.shares = Shares()
+        self.tenants = {t.name: t for t in tenants}
+        self.metered = {t.name for t in self.tenants.values() if t.metered}
+        self.shares = Shares({t.name: t.weight for t in self.tenants.values()})
+        self.minutes = Minutes()
+        self.chargeback = Chargeback(queue)
         self._debts: OrderedDict[str, float] = OrderedDict()
         #: Engines that nodes report, and those of them whose servers are up.
         self._reported: set[str] = set()
@@ -106,12 +127,23 @@ class Scheduler:
         #: What the last round looked at, and the stages of each model that waited beyond that.
         self._seen = Snapshot(tickets=(), predictions={}, engines=())
         self._more: dict[str, int] = {}
+        #: Further ones of tenants whose quota may hold them back.
+        self._held_back: dict[str, int] = {}
         #: Engine -> stages reserved there when the ledger was read last, and stages that this scheduler granted it.
         self._slots: dict[str, int] = {}
         self._grants: dict[str, int] = {}
         self._health: dict[str, EngineHealth] = {}
         self._failures: dict[str, int] = {}
         self._probed_at_s: dict[str, float] = {}
+        #: Engines that were alive here and are not: dead, or of a node that fell silent. Spec, or None where `engines` has it.
+        self._lost: dict[str, EngineSpec | None] = {}
+        #: Engine -> when it answered again, while not all of its slots are open.
+        self._back_at_s: dict[str, float] = {}
+        #: Cluster -> when an engine of it was found again: who could not reach it before may try again.
+        self._found_at_s: dict[str, float] = {}
+        #: Cluster -> site -> network seconds.
+        self._rtts: Mapping[str, Mapping[str, float]] = {}
+        self._rtts_at_s = -math.inf
         self._says_kv = {e.engine_id for e in self.engines.values() if not e.kv_bytes}
         #: Engine -> the moment of the look that was judged last, and the reservations that looked free by it.
         self._spare: dict[str, tuple[float, int]] = {}
@@ -124,7 +156,10 @@ class Scheduler:
         self._p99_due: dict[str, float] = {}
         self._led_at_s = -math.inf
         self._reaped_at_s = -math.inf
+        self._charged_at_s = -math.inf
         self._bugs: set[tuple[str, type[Exception]]] = set()
+        #: When the queue last answered it.
+        self.heard_at_s = -math.inf
 
     # -- the loop ----------------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -136,7 +171,9 @@ class Scheduler:
         try:
             while True:
                 try:
-                    if await self.lead():
+                    leads = await self.lead()
+                    self.heard_at_s = self.clock.now_s()
+                    if leads:
                         await self.step()
                         await self.queue.wake(TICK_S)
                     else:
@@ -154,15 +191,28 @@ class Scheduler:
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
+            await self._resign()
+
+    async def _resign(self) -> None:
+        """Give leadership back, so that a standby need not wait until it expires. What was granted stays granted."""
+        now_s = self.clock.now_s()
+        if self.leading or now_s - self._led_at_s < self.lease_s / 2:  # nobody else may have it yet
+            self.leading = False
+            with contextlib.suppress(QueueUnavailable, TimeoutError):
+                async with asyncio.timeout(RESIGN_S):
+                    await self.queue.lead(self.holder, ttl_s=0.0, now_s=now_s)
 
     async def step(self) -> Plan:
         """One round. What goes wrong in one part of it does not keep the others from their work."""
         await self._part("learning", self.learn())
         await self._part("reading reports", self.meet_nodes())
+        await self._part("reading distances", self.meet_distances())
+        await self._part("opening slots", self.open_slots())
         decided = await self._part("planning", self.decide()) or Plan()
         await self.act(decided)
         await self._part("placing", self.place(decided))
         await self._part("keeping house", self.keep_house())
+        await self._part("counting usage", self.charge())
         return decided
 
     async def _part(self, name: str, work: Awaitable[T]) -> T | None:
@@ -204,15 +254,18 @@ class Scheduler:
             log.info("leading with epoch %d as %s", epoch, self.holder)
             self._p99_due = dict(self._p99)  # to a store that may know none of it
             self.placer.forget()
+            self.chargeback.forget()
         self.epoch, self.leading, self._led_at_s = epoch, False, now_s  # it leads once that is published
         await self._part("reading reports", self.meet_nodes(leading=True))
         await self.publish()
         return self.leading
 
     async def publish(self) -> None:
-        """Publish the fleet and its credits: engines that take stages, and none while grants are held back."""
+        """Publish the fleet and its credits: engines that take stages, and none to spend while grants are held back, or where the
+        policy has its own mind of where each goes.
+        """
         now_s = self.clock.now_s()
-        valid_until_s = 0.0 if now_s < self._hold_until_s else now_s + self.lease_s / 2
+        valid_until_s = 0.0 if now_s < self._hold_until_s or self.policy.chooses else now_s + self.lease_s / 2
         live = self._published = self._live()
         changed = self.predictor.changed_p99()
         self._p99_due |= changed
@@ -223,13 +276,78 @@ class Scheduler:
                 self._p99.popitem(last=False)
         signed = live if self.key is None else [self.key.sign(e, now_s=now_s) for e in live]
         self.leading = await self.queue.publish(
-            signed, p99=self._p99_due, epoch=self.epoch, valid_until_s=valid_until_s
+            signed,
+            p99=self._p99_due,
+            epoch=self.epoch,
+            valid_until_s=valid_until_s,
+            tenants=tuple(self.tenants.values()),
+            backlog=await self._part("measuring what waits", self.backlog()) or Backlog(),
         )
         if self.leading:
             self._p99_due = {}
 
     def _live(self) -> list[EngineSpec]:
-        return [e for e in self.engines.values() if self.takes(e.engine_id)]
+        return [self._as_open(e) for e in self.engines.values() if self.takes(e.engine_id)]
+
+    def _as_open(self, engine: EngineSpec) -> EngineSpec:
+        """The engine with the slots that are open: fewer for a while after it was dead, for the fast path and the planner alike."""
+        back_at_s = self._back_at_s.get(engine.engine_id)
+        if back_at_s is None:
+            return engine
+        slots = open_slots(engine.slots, self.clock.now_s() - back_at_s)
+        return dataclasses.replace(engine, slots=slots)
+
+    def _lose(self, engine_id: str, spec: EngineSpec | None) -> None:
+        self._lost[engine_id] = spec
+        self._back_at_s.pop(engine_id, None)
+        if len(self._lost) > MAX_LOST:
+            del self._lost[next(iter(self._lost))]
+
+    async def open_slots(self) -> None:
+        """Open more of engines that came back, as time passes."""
+        if not self._back_at_s:
+            return
+        await self._publish_changes()
+        now_s = self.clock.now_s()
+        for engine_id, back_at_s in tuple(self._back_at_s.items()):
+            spec = self.engines.get(engine_id)
+            if spec is None or open_slots(spec.slots, now_s - back_at_s) == spec.slots:
+                del self._back_at_s[engine_id]
+
+    async def backlog(self) -> Backlog:
+        """How long what waits will take, by the last round's predictions: what those that are refused meanwhile are told."""
+        slots: Counter[str] = Counter()
+        for e in self._published:
+            slots[e.model] += e.slots
+        by_model: defaultdict[str, list[Ticket]] = defaultdict(list)
+        by_tenant: defaultdict[str, list[Ticket]] = defaultdict(list)
+        for t in self._seen.tickets:
+            by_model[t.model].append(t)
+            by_tenant[t.tenant].append(t)
+        models: dict[str, float] = {}
+        for model, tickets in by_model.items():
+            waiting = len(tickets) + self._more.get(model, 0) + self._held_back.get(model, 0)
+            models[model] = waiting * self._mean(tickets).service_s / max(1, slots[model])
+        bounded = [t for t in self.tenants.values() if t.max_waiting and by_tenant[t.name]]
+        counts = await self.queue.waiting([t.name for t in bounded]) if bounded else dict[str, int]()
+        tenants: dict[str, float] = {}
+        for t in bounded:
+            tickets = by_tenant[t.name]
+            mean, prompt = self._mean(tickets), sum(x.prompt_tokens for x in tickets) / len(tickets)
+            tenants[t.name] = served_in_s(
+                t,
+                stages=counts[t.name],
+                service_s=mean.service_s,
+                tokens=prompt + mean.output_tokens_mean,
+                slots=slots.total(),
+            )
+        return Backlog(models=models, tenants=tenants)
+
+    def _mean(self, tickets: Sequence[Ticket]) -> Prediction:
+        """What stages of the last round will take on average: seconds and tokens alone."""
+        known = [self._seen.predictions[t.stage_id] for t in tickets]
+        tokens, service_s = sum(p.output_tokens_mean for p in known), sum(p.service_s for p in known)
+        return dataclasses.replace(known[0], output_tokens_mean=tokens / len(known), service_s=service_s / len(known))
 
     async def _publish_changes(self) -> None:
         if self.leading and self._live() != self._published:
@@ -258,7 +376,9 @@ class Scheduler:
             return
         found = self.placer.engines
         for engine_id in self._reported - found.keys():
-            del self.engines[engine_id]
+            spec = self.engines.pop(engine_id)
+            if engine_id in self._up or engine_id in self._lost:
+                self._lose(engine_id, spec)
         self._reported = set(found)
         up = {e for e in found if self.placer.runs(e)}
         for engine_id in up ^ self._up:  # its server is a new one, or none
@@ -268,6 +388,11 @@ class Scheduler:
         if up - self._up:
             self._look_now.set()
         self._up = up
+        for engine_id in self._lost.keys() & found.keys():  # its node speaks (again)
+            if engine_id in up:
+                self._lost[engine_id] = None
+            else:  # it sleeps, or starts: that is the node's and our own doing
+                del self._lost[engine_id]
         for engine_id, spec in found.items():
             self.engines[engine_id] = spec if engine_id not in up else self._with_what_it_said(spec)
         await self._publish_changes()
@@ -279,6 +404,18 @@ class Scheduler:
         known = self.engines.get(spec.engine_id, spec)
         blocks = max(known.kv_block_tokens, spec.kv_block_tokens)
         return dataclasses.replace(spec, kv_block_tokens=blocks, kv_bytes=spec.kv_bytes or known.kv_bytes)
+
+    async def meet_distances(self) -> None:
+        """Read how far clusters are from where apps are, as these measured it."""
+        now_s = self.clock.now_s()
+        if now_s - self._rtts_at_s >= DISTANCES_S:
+            self._rtts_at_s = now_s
+            found = [
+                d
+                for d in await self.queue.distances()
+                if math.isfinite(d.rtt_s) or d.measured_at_s > self._found_at_s.get(d.cluster, -math.inf)
+            ]
+            self._rtts = by_cluster(found, now_s)
 
     async def place(self, decided: Plan) -> None:
         """Have models awake where they are wanted most. Who is to sleep is published as gone before its node is told."""
@@ -317,15 +454,18 @@ class Scheduler:
     async def collect(self) -> Snapshot:
         """The waiting stages that may go next, what they will cost, and the fleet as it is."""
         nothing = self._seen = Snapshot(tickets=(), predictions={}, engines=())
-        self._more = {}
+        self._more, self._held_back = {}, {}
         if self.clock.now_s() < self._hold_until_s:
             return nothing
         tickets: list[Ticket] = []
         for model in {e.model for e in self.engines.values()}:
-            heads = await self._part(f"heads of {model}", self.queue.heads(model, HEADS)) or ()
+            at_most = dict.fromkeys(self.metered, HEADS_OF_TENANT)
+            heads = await self._part(f"heads of {model}", self.queue.heads(model, HEADS, at_most=at_most)) or ()
             tickets.extend(heads)
-            if len(heads) == HEADS:
-                self._more[model] = max(0, await self.queue.depth(model) - HEADS)
+            if len(heads) >= HEADS_OF_TENANT if at_most else len(heads) == HEADS:
+                free = sum(t.tenant not in self.metered for t in heads)
+                more = self._more if free >= HEADS else self._held_back
+                more[model] = max(0, await self.queue.depth(model) - len(heads))
         if not tickets:
             return nothing
         await self._read_graphs(tickets)
@@ -334,8 +474,32 @@ class Scheduler:
             predictions=self.predict(tickets),
             engines=await self.fleet(),
             cached_tokens=self.cached_tokens(tickets),
+            quotas=await self.quotas(tickets),
         )
         return self._seen
+
+    async def quotas(self, tickets: Iterable[Ticket]) -> Mapping[str, Left]:
+        """What may still start of each tenant that has a quota and waits. What runs the queue knows, whoever granted it."""
+        names = {t.tenant for t in tickets} & self.metered
+        if not names:
+            return {}
+        now_s = self.clock.now_s()
+        running = {r.ticket.stage_id: r for r in await self.queue.running() if r.ticket.tenant in self.metered}
+        for stage_id, r in running.items():
+            if not self.minutes.knows(stage_id):
+                self._starts(r.ticket, r.output_tokens, r.granted_at_s)
+        self.minutes.runs(running.keys(), waiting={t.stage_id for t in tickets}, now_s=now_s)
+        stages = Counter(r.ticket.tenant for r in running.values())
+        kv_bytes, tokens = Counter[str](), self.minutes.used(now_s)
+        for r in running.values():
+            kv_bytes[r.ticket.tenant] += r.kv_bytes
+        used = {name: Use(stages=stages[name], kv_bytes=kv_bytes[name], tokens=tokens.get(name, 0)) for name in names}
+        return may_start((self.tenants[name] for name in names), used)
+
+    def _starts(self, ticket: Ticket, output_tokens: int, at_s: float) -> None:
+        if ticket.tenant in self.metered:
+            tokens = ticket.prompt_tokens + output_tokens
+            self.minutes.start(ticket.stage_id, ticket.tenant, tokens=tokens, at_s=at_s)
 
     async def _read_graphs(self, tickets: Iterable[Ticket]) -> None:
         """The static graphs of workflows that are new here."""
@@ -398,7 +562,7 @@ class Scheduler:
             health = self._health.get(spec.engine_id, EngineHealth(healthy=self.probe is None))
             states.append(
                 EngineState(
-                    spec=spec,
+                    spec=self._as_open(spec),
                     reserved_slots=ledger.slots.get(spec.engine_id, 0),
                     reserved_kv_bytes=ledger.kv_bytes.get(spec.engine_id, 0),
                     healthy=self.takes(spec.engine_id),
@@ -408,9 +572,23 @@ class Scheduler:
                     decode_s_per_token=speed.decode,
                     beside_s_per_token=speed.beside,
                     grants=self._grants.get(spec.engine_id, 0),
+                    rtts=self._rtts.get(spec.cluster, {}),
                 )
             )
+        # Of nodes that fell silent: what could serve a stage, if it were there.
+        states += [EngineState(spec=spec, healthy=False) for spec in self._lost.values() if spec is not None]
         return states
+
+    def waiting(self) -> Mapping[str, int]:
+        """Stages of each model that waited when the last round looked."""
+        found = Counter(t.model for t in self._seen.tickets)
+        found.update(self._more)
+        found.update(self._held_back)
+        return {e.model: found[e.model] for e in self.engines.values()}
+
+    def reserved_slots(self) -> Mapping[str, int]:
+        """Engine -> stages reserved there when the ledger was read last."""
+        return self._slots
 
     # -- act ---------------------------------------------------------------------------------------------------------
     async def act(self, decided: Plan) -> None:
@@ -423,6 +601,7 @@ class Scheduler:
             given = await self._part("granting", self.queue.grant(grant, ticket, now_s=self.clock.now_s()))
             if given is not None:
                 self.decisions += 1
+                self._starts(ticket, given.output_tokens, given.granted_at_s)
                 self._grants[grant.engine_id] = self._grants.get(grant.engine_id, 0) + 1
                 self.prefixes.granted(ticket, self.engines[grant.engine_id])
 
@@ -436,6 +615,14 @@ class Scheduler:
         if lost:
             log.warning("%d stages of dead apps ended as lost", len(lost))
         await self.settle()
+
+    async def charge(self) -> None:
+        """Now and then: count what tenants used."""
+        now_s = self.clock.now_s()
+        if self.leading and now_s - self._charged_at_s >= FOLD_S:
+            self._charged_at_s = now_s
+            gpus = {e.engine_id: e.gpus / self.placer.beside(e.engine_id) / e.slots for e in self.engines.values()}
+            await self.chargeback.fold(gpus, epoch=self.epoch)
 
     async def settle(self) -> None:
         """Give draining reservations back that their engine does not compute any more.
@@ -535,9 +722,14 @@ class Scheduler:
             self.workflows.end_run(entry)
             return
         if not entry.observed:  # it was served by whom its caller chose, and waited there in nobody's order
-            self.speeds.observe(entry, beside=self._slots.get(entry.engine_id, 1) - 1)
-            if (spec := self.engines.get(entry.engine_id)) is not None:
+            spec = self.engines.get(entry.engine_id)
+            network_s = self._rtts.get(spec.cluster, {}).get(entry.site, spec.rtt_s) if spec is not None else 0.0
+            self.speeds.observe(entry, beside=self._slots.get(entry.engine_id, 1) - 1, network_s=network_s)
+            if spec is not None:
                 self.prefixes.observe(entry, spec)
+            if entry.tenant in self.metered:
+                tokens, at_s = entry.prompt_tokens + entry.output_tokens, min(entry.finished_at_s, self.clock.now_s())
+                self.minutes.end(entry.stage_id, entry.tenant, tokens=tokens, at_s=at_s)
         self.workflows.observe(entry)
 
     def _told(self) -> Mapping[str, Any]:
@@ -595,5 +787,11 @@ class Scheduler:
                 engine = engine.with_kv_tokens(health.kv_tokens)
             self.engines[engine_id] = engine
         if was != self.healthy(engine_id):
+            if was:
+                self._lose(engine_id, None)
+            elif engine_id in self._lost:
+                del self._lost[engine_id]
+                self._back_at_s[engine_id] = self._found_at_s[engine.cluster] = self.clock.now_s()
+                self._rtts_at_s = -math.inf
             log.log(logging.WARNING if was else logging.INFO, "engine %s is %s", engine_id, "dead" if was else "alive")
             self._led_at_s = -math.inf  # publish the changed fleet in the next round

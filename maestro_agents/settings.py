@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
@@ -24,6 +22,7 @@ from pydantic_settings import (
 
 from maestro_agents.core import Mode, ServiceClass
 from maestro_agents.errors import ConfigError
+from maestro_agents.redis_url import check_redis_url, without_password
 from maestro_agents.tomlfile import TomlFile, read_toml
 
 if TYPE_CHECKING:
@@ -37,26 +36,6 @@ OTHER_ENV: Final = frozenset(
 )
 """Variables of ours that are no settings."""
 TEST_PREFIX: Final = "MAESTRO_TEST_"
-
-_REDIS_SCHEMES: Final = ("redis", "rediss", "unix")
-
-
-def check_redis_url(url: str) -> str:
-    """Return the URL; raise ValueError with what to do where it cannot be one of a Redis."""
-    parts = urlsplit(url)
-    if parts.scheme not in _REDIS_SCHEMES:
-        raise ValueError("a Redis URL starts with redis://, rediss:// or unix://, e.g. redis://127.0.0.1:6379/0")
-    if parts.scheme == "unix":
-        if not parts.path:
-            raise ValueError("a unix:// URL needs the path of the socket, e.g. unix:///run/redis.sock")
-        return url
-    if not parts.hostname:
-        raise ValueError("a Redis URL needs a host, e.g. redis://127.0.0.1:6379/0")
-    try:
-        _ = parts.port
-    except ValueError:
-        raise ValueError("the port of a Redis URL is a number up to 65535") from None
-    return url
 
 
 def _redis_url(value: object) -> object:
@@ -98,10 +77,11 @@ class Settings(BaseSettings):
         description="File to which every call and every run of this process is appended when it ends, as one JSON line: "
         "names and numbers, never text. Needs no Redis.",
     )
-    on_outage: Literal["open", "closed", "original_url"] = Field(
-        default="open",
+    on_outage: Literal["open", "closed", "original_url"] | None = Field(
+        default=None,
         description="When Maestro itself is out. open: last known engines, within local_concurrency. closed: calls fail. "
-        "original_url: calls go where they would have gone without Maestro.",
+        "original_url: calls go where they would have gone without Maestro. Unset: open; closed for a tenant that is allowed some "
+        "clusters only, whose calls never go to their original URL then, and with open to allowed engines only.",
     )
     max_wait_s: float = Field(
         default=120.0,
@@ -245,5 +225,5 @@ def _explain(error: ValidationError, given: Mapping[str, object]) -> ConfigError
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(Settings.model_fields)}"
         return ConfigError(f"{origin}: there is no setting {name!r}: {hint}")
     problem = first["msg"].removeprefix("Value error, ")
-    value = re.sub(r"//[^/@]*@", "//***@", repr(first["input"]))  # a Redis URL may hold a password
+    value = without_password(repr(first["input"]))
     return ConfigError(f"{origin}: {name} = {value}: {problem[:1].lower()}{problem[1:]}")

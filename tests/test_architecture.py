@@ -27,15 +27,24 @@ BOTTOM = ("maestro_agents", "maestro_agents.core", "maestro_agents.errors", "mae
 PORTS = (
     *BOTTOM,
     "maestro_agents.tomlfile",
+    "maestro_agents.redis_url",
     "maestro_agents.settings",
     "maestro_agents.nodes",
     "maestro_agents.tenants",
     "maestro_agents.ports",
     "maestro_agents.workflow",
+    "maestro_agents.usage",
+    "maestro_agents.hints",
 )
 THREE = ("maestro_agents.predict", "maestro_agents.policy", "maestro_agents.queue")
 FLEET = ("maestro_agents.fleet",)
-SPINE = ("maestro_agents.events", "maestro_agents.scheduler", "maestro_agents.room", "maestro_agents.client")
+SPINE = (
+    "maestro_agents.events",
+    "maestro_agents.distance",
+    "maestro_agents.scheduler",
+    "maestro_agents.room",
+    "maestro_agents.client",
+)
 SIMULATOR = ("maestro_agents.simulator",)
 
 # A module (with all below it) -> what it may import of ours. The first line that matches a module counts. "= x" means
@@ -45,9 +54,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "maestro_agents.errors": (),
     "maestro_agents.guard": (),
     "maestro_agents.tomlfile": ("maestro_agents.errors",),
-    "maestro_agents.settings": ("maestro_agents.core", "maestro_agents.errors", "maestro_agents.tomlfile"),
+    "maestro_agents.redis_url": ("maestro_agents.errors",),
+    "maestro_agents.settings": (
+        "maestro_agents.core",
+        "maestro_agents.errors",
+        "maestro_agents.redis_url",
+        "maestro_agents.tomlfile",
+    ),
     "maestro_agents.nodes": ("maestro_agents.core", "maestro_agents.errors"),
     "maestro_agents.tenants": ("maestro_agents.core",),
+    "maestro_agents.hints": ("maestro_agents.core",),
     "maestro_agents.ports": (
         "maestro_agents.core",
         "maestro_agents.errors",
@@ -55,14 +71,25 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "maestro_agents.tenants",
     ),
     "maestro_agents.workflow": ("maestro_agents.core", "maestro_agents.errors", "maestro_agents.ports"),
+    "maestro_agents.usage": (),
     "maestro_agents.predict": (*PORTS, "maestro_agents.predict"),
     "maestro_agents.policy": (*PORTS, "maestro_agents.policy"),
     "maestro_agents.queue": (*PORTS, "maestro_agents.queue"),
     "maestro_agents.fleet": (*PORTS, *THREE),
     "maestro_agents.events": ("maestro_agents.core", "maestro_agents.errors"),
     "maestro_agents.tokens": ("maestro_agents.core", "maestro_agents.errors", "maestro_agents.settings"),
+    "maestro_agents.distance": ("maestro_agents.core", "maestro_agents.errors", "maestro_agents.ports"),
     "maestro_agents.placer": (*PORTS, *THREE),
-    "maestro_agents.scheduler": (*PORTS, *THREE, *FLEET, "maestro_agents.placer", "maestro_agents.tokens"),
+    "maestro_agents.chargeback": PORTS,
+    "maestro_agents.scheduler": (
+        *PORTS,
+        *THREE,
+        *FLEET,
+        "maestro_agents.chargeback",
+        "maestro_agents.distance",
+        "maestro_agents.placer",
+        "maestro_agents.tokens",
+    ),
     "maestro_agents.room": (*PORTS, *THREE, *FLEET, *SPINE),
     "maestro_agents.client": (*PORTS, *THREE, *FLEET, *SPINE),
     "maestro_agents.simulator": (*PORTS, *THREE, *FLEET, *SPINE, *SIMULATOR),
@@ -94,9 +121,14 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "langgraph": ("maestro_langgraph*", "maestro_agents._samples.*"),
     "langchain": ("maestro_langgraph*", "maestro_agents._samples.*"),
     "langchain_core": ("maestro_langgraph*", "maestro_agents._samples.*", "maestro_agents.cli.bench.matrix"),
-    "langchain_openai": ("maestro_langgraph*", "maestro_agents._samples.*", "maestro_agents.cli.bench.matrix"),
+    "langchain_openai": (
+        "maestro_langgraph*",
+        "maestro_agents._samples.*",
+        "maestro_agents.cli.bench.matrix",
+        "maestro_agents.cli.sample",
+    ),
     "openai": ("maestro_langgraph*", "maestro_agents._samples.*"),
-    "httpx": ("maestro_serving*", "maestro_langgraph.gate*"),
+    "httpx": ("maestro_serving*", "maestro_langgraph.gate*", "maestro_agents.distance"),
     "httpx2": ("maestro_langgraph.gate*",),
     "http": ("maestro_serving*",),
     "urllib.request": ("maestro_serving*",),
@@ -105,7 +137,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "starlette": ("maestro_serving*",),
     "uvicorn": ("maestro_serving*",),
     "vllm": ("maestro_serving*",),
-    "ray": ("maestro_serving*",),
+    "ray": ("maestro_serving.ray_nodes",),
     "torch": (),
     "prometheus_client": ("maestro_serving*", "maestro_agents.cli.*"),
     "pydantic": ("maestro_agents.settings", "maestro_agents.fleet", "maestro_serving*", "maestro_agents._samples.*"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from maestro_agents.cli.bench import place, place_cpu
+from maestro_agents.cli.bench import live_play, place, place_cpu
 from maestro_agents.cli.simulate.tables import cells
 from maestro_agents.core import EngineSpec
 from maestro_agents.fleet import load_tables
@@ -74,7 +74,7 @@ def test_the_simulator_plays_at_the_speed_of_the_emulated_engines(fleet: Path) -
     figures: list[float] = []
     for speed in (1.0, 2.0):
         on = place.sim_fleet(fleet, speed)
-        played, _ = place.simulated(place.workload_of(on, runs=20, seed=0, speed=speed), on, "static")
+        played, _ = live_play.simulated(place.workload_of(on, runs=20, seed=0, speed=speed), on, "static")
         figures.append(played.figures["completion_p95_s"])
     assert figures[1] == pytest.approx(figures[0] / 2, rel=0.02)
 
@@ -84,12 +84,12 @@ def test_prompts_of_a_conversation_begin_alike(fleet: Path) -> None:
     on = place.sim_fleet(fleet, 1.0)
     run = next(r for r in place.workload_of(on, runs=50, seed=0).runs if any(s.shares >= 0 for s in r.stages))
     n = next(n for n, s in enumerate(run.stages) if s.shares >= 0)
-    before, after = place.prompt_of(run, run.stages[n].shares), place.prompt_of(run, n)
+    before, after = live_play.prompt_of(run, run.stages[n].shares), live_play.prompt_of(run, n)
     both = min(len(before), len(after))
     assert before[:both] == after[:both]
     assert len(after) == run.stages[n].prompt_tokens
     other = next(m for m, s in enumerate(run.stages) if s.shares < 0 and m != run.stages[n].shares)
-    assert place.prompt_of(run, other)[:16] != after[:16]
+    assert live_play.prompt_of(run, other)[:16] != after[:16]
 
 
 def test_a_report_of_more_memory_than_there_is_counts_as_over_committed_and_moves_are_kept_once() -> None:
@@ -165,6 +165,6 @@ def test_on_a_core_one_of_two_engines_has_all_of_the_kv_memory_or_each_has_half(
         need = sum(e.hbm_bytes + e.spec.kv_bytes for e in host.engines)
         assert (need <= host.gpus[0].usable_bytes) == (policy == "static")
         on = bed.sim(tmp_path / "started.toml", policy, ())
-        played, _ = place.simulated(bed.workload, on, policy)
+        played, _ = live_play.simulated(bed.workload, on, policy)
         assert played.figures["refusals"] == 0
         assert (played.figures["wakes"] + played.figures["cold_starts"] > 0) == (policy == "ours")

@@ -639,7 +639,7 @@ async def test_a_requeue_that_the_queue_does_not_know_goes_in_anew(tmp_path: Pat
     """Its lease was lost meanwhile: a new name, the same stage."""
     with fleet_app(tmp_path, "e1", "e2") as a:
         p = await a.granted("s")
-        await a.ask(a.room.queue.cancel("s", "m", now_s=0, draining=False))
+        await a.ask(a.room.queue.cancel("s", "m", client_id=None, now_s=0, draining=False))
         assert p.requeue(engine_down=True)
         await p.wait_async()
         assert p.ticket.stage_id == "s~1"

@@ -153,9 +153,13 @@ def test_commands_page_names_what_help_names(capsys: pytest.CaptureFixture[str],
     sections = dict(
         re.findall(r"^## `(maestro [^`]+)`\n(.*?)(?=^## |\Z)", page_text("commands.md"), re.MULTILINE | re.DOTALL)
     )
-    paths = [(e.name,) for e in COMMANDS]
-    for group in ("queue", "predict", "bench"):
-        paths += [(group, name) for name in command_line.commands[group].commands]
+
+    def walk(path: tuple[str, ...], command: Any) -> Iterator[tuple[str, ...]]:
+        yield path
+        for name, below in getattr(command, "commands", {}).items():
+            yield from walk((*path, name), below)
+
+    paths = [path for e in COMMANDS for path in walk((e.name,), command_line.commands[e.name])]
     assert set(sections) == {f"maestro {' '.join(path)}" for path in paths}
     for path in paths:
         with pytest.raises(SystemExit):
@@ -198,8 +202,10 @@ def test_the_generated_parts_are_there() -> None:
         "commands",
         "constants",
         "dependencies",
+        "distances",
         "features",
         "hardware",
+        "hints",
         "levels",
         "moves",
         "settings",

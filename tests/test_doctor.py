@@ -95,10 +95,10 @@ def test_no_redis_where_one_should_be_is_broken() -> None:
 def test_an_old_redis_is_broken_and_a_far_one_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts need 6.2, and each call pays for the way to Redis."""
     info = embedded.RedisInfo(version="6.0.16", process_id=1, latency_s=0.0001)
-    monkeypatch.setattr(doctor, "ping", lambda _: info)
+    monkeypatch.setattr(doctor, "reach", lambda _: info)
     assert one(doctor.check_redis("redis://h/0")).status == "broken"
     far = embedded.RedisInfo(version="7.2.0", process_id=1, latency_s=0.02)
-    monkeypatch.setattr(doctor, "ping", lambda _: far)
+    monkeypatch.setattr(doctor, "reach", lambda _: far)
     found = one(doctor.check_redis("redis://h/0"))
     assert (found.status, found.detail) == ("note", "7.2.0 at redis://h/0, PING 20.00 ms")
 

@@ -16,7 +16,7 @@ import pytest
 from maestro_agents import guard
 from maestro_agents.errors import QueueUnavailable
 from maestro_agents.queue import embedded
-from maestro_agents.queue.embedded import EmbeddedRedis, find_server, ping, without_password
+from maestro_agents.queue.embedded import EmbeddedRedis, find_server, ping
 
 needs_server = pytest.mark.skipif(find_server() is None, reason="no Redis server here")
 
@@ -206,9 +206,3 @@ def test_ping_says_when_a_password_is_wrong() -> None:
         assert redis.url
         with pytest.raises(QueueUnavailable, match="Redis refuses AUTH"):
             ping(redis.url.replace("//", "//:wrong@"))
-
-
-def test_without_password() -> None:
-    """A URL as it may be shown."""
-    assert without_password("rediss://u:p@h:1/2") == "rediss://***@h:1/2"
-    assert without_password("redis://h:1/2") == "redis://h:1/2"

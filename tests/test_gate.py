@@ -21,10 +21,18 @@ from openai._models import FinalRequestOptions
 
 from maestro_agents.client import Client, Pass
 from maestro_agents.core import EngineSpec, Status
-from maestro_agents.errors import MaestroError, NoEngineFits, QueueFull, QueueUnavailable, StageRefused, WaitTooLong
+from maestro_agents.errors import (
+    MaestroError,
+    NoEngineFits,
+    QueueFull,
+    QueueUnavailable,
+    QuotaExceeded,
+    StageRefused,
+    WaitTooLong,
+)
+from maestro_agents.usage import Usage, Watcher
 from maestro_langgraph import call, engines, gate, maestro, quiet
 from maestro_langgraph.refusals import as_sdk_error, httpx_of
-from maestro_langgraph.stream import Usage, Watcher
 from tests.stub_openai import (
     StubServer,
     dead_url,
@@ -446,6 +454,7 @@ def test_refusals_are_maestros_and_the_sdks_in_one() -> None:
     client = openai.OpenAI(base_url="http://127.0.0.1:1/v1", api_key="k")
     for ours, theirs in (
         (QueueFull("full.", retry_after_s=3.0), openai.RateLimitError),
+        (QuotaExceeded("many.", retry_after_s=3.0), openai.RateLimitError),
         (StageRefused("late.", retry_after_s=3.0), openai.RateLimitError),
         (WaitTooLong("long."), openai.APITimeoutError),
         (QueueUnavailable("gone."), openai.APIConnectionError),

@@ -25,8 +25,8 @@ from maestro_agents.queue import memory, redis
 from maestro_agents.queue.embedded import EmbeddedRedis
 from maestro_agents.queue.redis import RedisQueue
 from maestro_agents.simulator.engine import CPU_TINY
+from maestro_agents.usage import Usage, Watcher
 from maestro_langgraph import maestro
-from maestro_langgraph.stream import Usage, Watcher
 from maestro_serving.emulator import EmulatedModel, Emulator, EmulatorConfig
 from tests.stub_openai import managed, watched_observations
 from tests.test_client import App, engine, fleet_app, joined, scheduler, until

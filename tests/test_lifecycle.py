@@ -13,6 +13,8 @@ import json
 import math
 import operator
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+import httpx
 import openai
 import pytest
 from langchain_core.runnables import RunnableConfig
@@ -948,6 +951,88 @@ def test_every_worker_of_a_prefork_server_has_a_client_of_its_own(stack: Stack, 
     seen = asyncio.run(observed(stack))[len(before) :]
     assert [o.status for o in seen] == [Status.DONE] * 10
     assert len({o.run_id for o in seen}) == 10
+
+
+WEB_APP = """
+import os, sys
+from typing import TypedDict
+from langchain_openai import ChatOpenAI
+from langgraph.graph import START, StateGraph
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+class State(TypedDict, total=False):
+    q: str
+    out: str
+
+llm = ChatOpenAI(model="bench", base_url=os.environ["OWN_URL"], api_key="k", max_retries=0, max_tokens=4)
+
+async def node(state):
+    return {"out": (await llm.ainvoke(state["q"])).content}
+
+builder = StateGraph(State)
+builder.add_node("node", node)
+builder.add_edge(START, "node")
+graph = builder.compile()
+
+async def ask(request):
+    found = await graph.ainvoke({"q": request.query_params["q"]})
+    return JSONResponse({"pid": os.getpid(), "out": found["out"]})
+
+app = Starlette(routes=[Route("/ask", ask)])
+"""
+
+
+@pytest.mark.slow
+def test_every_worker_of_a_web_server_is_an_app_of_its_own(stack: Stack, tmp_path: Path) -> None:
+    """`maestro run -- uvicorn --workers 2` and an app that knows nothing of it: each worker's calls are served by the fleet, and
+    none is left behind when the server ends.
+    """
+    (tmp_path / "webapp.py").write_text(WEB_APP)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        **os.environ,
+        "MAESTRO_REDIS_URL": str(stack.redis_url),
+        "OWN_URL": dead_url(),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *(p for p in sys.path if p)]),
+    }
+    serve = ["-m", "uvicorn", "webapp:app", "--workers", "2", "--port", str(port), "--log-level", "warning"]
+    before = asyncio.run(observed(stack))
+    command = [sys.executable, "-m", "maestro_agents.cli", "run", "--", sys.executable, *serve]
+    with subprocess.Popen(command, env=env, start_new_session=True) as server:
+        try:
+            answers = asyncio.run(_ask_until_both_answer(f"http://127.0.0.1:{port}/ask"))
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(20)
+    assert all(a["out"] for a in answers)
+    seen = asyncio.run(observed(stack))[len(before) :]
+    assert len(seen) == len(answers)
+    assert {o.status for o in seen} == {Status.DONE}
+    assert asyncio.run(_reserved(stack)) == 0
+
+
+async def _ask_until_both_answer(url: str) -> list[dict[str, Any]]:
+    """Ask until two processes have answered; a new connection each time, since the kernel gives those to either."""
+    answers: list[dict[str, Any]] = []
+    async with asyncio.timeout(60):
+        while len({a["pid"] for a in answers}) < 2:
+            with contextlib.suppress(httpx.ConnectError):
+                async with httpx.AsyncClient(timeout=30) as client:
+                    asked = [client.get(url, params={"q": f"{n}"}) for n in range(4)]
+                    answers += [a.raise_for_status().json() for a in await asyncio.gather(*asked)]
+    return answers
+
+
+async def _reserved(stack: Stack) -> int:
+    queue = RedisQueue(str(stack.redis_url))
+    try:
+        return sum((await queue.ledger()).slots.values())
+    finally:
+        await queue.close()
 
 
 @pytest.fixture(scope="module")

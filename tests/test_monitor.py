@@ -74,7 +74,7 @@ async def ended_stage(queue: MemoryQueue, stage_id: str, wait_s: float) -> None:
         granted_at_s=50.0 + wait_s,
         finished_at_s=60.0,
     )
-    assert await queue.finish(observation, token=given.token, now_s=60.0)
+    assert await queue.finish(observation, client_id=t.client_id, token=given.token, now_s=60.0)
 
 
 def text_of(snapshot: snapshot.Snapshot, *, width: int, height: int) -> str:

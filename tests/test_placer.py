@@ -219,7 +219,7 @@ class World:
             engine_id=grant.engine_id, service_class=ServiceClass.INTERACTIVE, tenant="default", prompt_tokens=100, output_tokens=50,
             pushed_at_s=t.pushed_at_s, granted_at_s=grant.granted_at_s, finished_at_s=self.clock.at_s,
         )  # fmt: skip
-        assert await self.queue.finish(o, token=grant.token, now_s=self.clock.at_s)
+        assert await self.queue.finish(o, client_id=t.client_id, token=grant.token, now_s=self.clock.at_s)
 
     async def finish_all(self) -> None:
         for stage_id in list(self.granted):

@@ -25,10 +25,11 @@ from maestro_agents.core import (
     kv_need_bytes,
 )
 from maestro_agents.nodes import EngineReport, GpuReport, NodeReport, Want, Wanted
-from maestro_agents.ports import Queue
+from maestro_agents.ports import RETRY_FLOOR_S, Backlog, Distance, Queue
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.queue.redis import RedisQueue
-from tests.queues import fake_redis_queue, fresh_redis_queue
+from maestro_agents.tenants import Tenant
+from tests.queues import Roles, fake_redis_queue, fresh_redis_queue
 
 A = EngineSpec(engine_id="a", url="http://127.0.0.1:1/v1", model="m", slots=2, kv_bytes=10_000, kv_bytes_per_token=1)
 B = EngineSpec(engine_id="b", url="http://127.0.0.1:2/v1", model="m", slots=1, kv_bytes=10_000, kv_bytes_per_token=1)
@@ -36,14 +37,18 @@ NOW = 1_790_000_000.0
 LEASE_S = 10.0
 
 
-@pytest.fixture(params=["memory", "redis", "fakeredis"])
+@pytest.fixture(params=["memory", "redis", "fakeredis", "tls", "sentinel", "cluster", "roles"])
 async def queue(request: pytest.FixtureRequest, redis_url: str) -> AsyncIterator[Queue]:
-    """One implementation after the other."""
-    made: MemoryQueue | RedisQueue
+    """One implementation after the other, Redis in every way that an operator may run it."""
+    made: MemoryQueue | RedisQueue | Roles
     if request.param == "memory":
         made = MemoryQueue(lease_s=LEASE_S, max_queue=3)
     elif request.param == "redis":
         made = await fresh_redis_queue(redis_url, lease_s=LEASE_S, max_queue=3)
+    elif request.param == "roles":
+        made = Roles(request.getfixturevalue("redis_7"), lease_s=LEASE_S, max_queue=3)
+    elif request.param in ("tls", "sentinel", "cluster"):
+        made = await fresh_redis_queue(request.getfixturevalue(f"{request.param}_url"), lease_s=LEASE_S, max_queue=3)
     else:
         made = fake_redis_queue(lease_s=LEASE_S, max_queue=3)
     yield made
@@ -146,7 +151,7 @@ async def test_stale_credits_grant_nothing(queue: Queue) -> None:
     """Credits of an older epoch, or past their time, are not spent."""
     epoch = await led(queue, credit=True)
     assert await queue.push(ticket("late"), engines=(A,), now_s=NOW + 1000) is None
-    assert await queue.cancel("late", "m", now_s=NOW, draining=False) is Status.QUEUED
+    assert await queue.cancel("late", "m", client_id="app", now_s=NOW, draining=False) is Status.QUEUED
     assert await queue.lead("other", ttl_s=5, now_s=NOW + 6) == epoch + 1
     assert await queue.push(ticket("s"), engines=(A,), now_s=NOW) is None
 
@@ -186,7 +191,7 @@ async def test_a_full_queue_refuses(queue: Queue) -> None:
     refused = await queue.push(ticket("s3"), engines=(A,), now_s=NOW)
     assert isinstance(refused, Refusal)
     assert refused.reason == "full"
-    assert await queue.cancel("s3", "m", now_s=NOW, draining=False) is None
+    assert await queue.cancel("s3", "m", client_id="app", now_s=NOW, draining=False) is None
 
 
 async def test_a_grant_reaches_its_client_once(queue: Queue) -> None:
@@ -224,7 +229,7 @@ async def test_a_stage_of_a_dead_client_is_not_granted(queue: Queue) -> None:
     await queue.push(t, engines=(A,), now_s=NOW)
     assert await queue.grant(wish("s", epoch=epoch), t, now_s=NOW + LEASE_S + 1) is None
     assert await queue.depth("m") == 0
-    assert await queue.cancel("s", "m", now_s=NOW, draining=False) is Status.LOST
+    assert await queue.cancel("s", "m", client_id="app", now_s=NOW, draining=False) is Status.LOST
 
 
 async def test_finish_frees_the_reservation_and_logs_once(queue: Queue) -> None:
@@ -233,13 +238,47 @@ async def test_finish_frees_the_reservation_and_logs_once(queue: Queue) -> None:
     t = ticket("s")
     grant = await queue.push(t, engines=(A,), now_s=NOW)
     assert isinstance(grant, Grant)
-    assert not await queue.finish(done(t), token=grant.token + 1, now_s=NOW)
-    assert await queue.finish(done(t), token=grant.token, now_s=NOW)
-    assert not await queue.finish(done(t), token=grant.token, now_s=NOW)
+    assert not await queue.finish(done(t), client_id="app", token=grant.token + 1, now_s=NOW)
+    assert await queue.finish(done(t), client_id="app", token=grant.token, now_s=NOW)
+    assert not await queue.finish(done(t), client_id="app", token=grant.token, now_s=NOW)
     assert await empty(queue)
     position, entries = await queue.read_log("", 10)
     assert [e.stage_id for e in entries if isinstance(e, Observation)] == ["s"]
     assert (await queue.read_log(position, 10))[1] in ((), [])
+
+
+async def test_a_grant_is_its_clients_and_nobody_elses(queue: Queue) -> None:
+    """Whoever knows stage id and token of another's grant can neither end it nor move, renew, fetch or grow it."""
+    await led(queue, credit=True, engines=(B,))
+    t = ticket("s")
+    grant = await queue.push(t, engines=(B,), now_s=NOW)
+    assert isinstance(grant, Grant)
+    thief = t.evolve(client_id="thief")
+    before = (await queue.running(), await queue.ledger())
+    assert not await queue.finish(done(t, "b"), client_id="thief", token=grant.token, now_s=NOW)
+    assert not await queue.requeue(thief, token=grant.token, now_s=NOW, draining=False)
+    assert await queue.extend("s", client_id="thief", token=grant.token, kv_bytes=999) is None
+    assert await queue.cancel("s", "m", client_id="thief", now_s=NOW, draining=False) is None
+    assert await queue.push(thief, engines=(B,), now_s=NOW) is None
+    await queue.announce(thief, dataclasses.replace(grant, kv_bytes=1), now_s=NOW)
+    renewal = await queue.renew("thief", {"s": grant.token}, now_s=NOW + LEASE_S)
+    assert (renewal.gone, renewal.granted) == (("s",), ())
+    assert (await queue.running(), await queue.ledger()) == before
+    assert not (await queue.read_log("", 10))[1]
+    assert await queue.finish(done(t, "b"), client_id="app", token=grant.token, now_s=NOW)
+    assert await queue.cancel("s", "m", client_id="thief", now_s=NOW, draining=False) is None
+    assert await queue.cancel("s", "m", client_id="app", now_s=NOW, draining=False) is Status.DONE
+
+
+async def test_a_waiting_stage_is_its_clients_and_the_operators(queue: Queue) -> None:
+    """Another client can neither withdraw it nor is it told of its grant; an operator, who says so, withdraws it."""
+    await led(queue, credit=False)
+    await queue.push(ticket("s"), engines=(A,), now_s=NOW)
+    assert await queue.cancel("s", "m", client_id="thief", now_s=NOW, draining=False) is None
+    assert (await queue.renew("thief", {"s": 0}, now_s=NOW)).gone == ("s",)
+    assert await queue.depth("m") == 1
+    assert await queue.cancel("s", "m", client_id=None, now_s=NOW, draining=False) is Status.QUEUED
+    assert await queue.depth("m") == 0
 
 
 async def test_the_log_keeps_observations_and_ends_of_runs_in_order(queue: Queue) -> None:
@@ -248,7 +287,7 @@ async def test_the_log_keeps_observations_and_ends_of_runs_in_order(queue: Queue
     t = ticket("s")
     grant = await queue.push(t, engines=(A,), now_s=NOW)
     assert isinstance(grant, Grant)
-    await queue.finish(done(t), token=grant.token, now_s=NOW)
+    await queue.finish(done(t), client_id="app", token=grant.token, now_s=NOW)
     run = RunEnd(run_id="r1", workflow="w", outcome="done", started_at_s=NOW, ended_at_s=NOW + 1)
     await queue.end_run(run)
     position, entries = await queue.read_log("", 1)
@@ -266,7 +305,7 @@ async def test_a_requeued_stage_waits_again_and_its_old_token_is_void(queue: Que
     back = t.evolve(excluded_engines=("a",), attempt=2, due_at_s=NOW + 3)
     assert await queue.requeue(back, token=grant.token, now_s=NOW, draining=False)
     assert not await queue.requeue(back, token=grant.token, now_s=NOW, draining=False)
-    assert not await queue.finish(done(t), token=grant.token, now_s=NOW)
+    assert not await queue.finish(done(t), client_id="app", token=grant.token, now_s=NOW)
     assert await empty(queue)
     (waiting,) = await queue.heads("m", 5)
     assert (waiting.excluded_engines, waiting.attempt, waiting.due_at_s) == (("a",), 2, NOW + 3)
@@ -276,7 +315,7 @@ async def test_a_draining_reservation_is_held_until_it_settles(queue: Queue) -> 
     """Cancelled after its request left: the stage has ended, its memory has not; settled once."""
     await led(queue, credit=True)
     await queue.push(ticket("s"), engines=(A,), now_s=NOW)
-    assert await queue.cancel("s", "m", now_s=NOW + 1, draining=True) is Status.GRANTED
+    assert await queue.cancel("s", "m", client_id="app", now_s=NOW + 1, draining=True) is Status.GRANTED
     assert (await queue.ledger()).kv_bytes == {"a": 150}
     (left,) = await queue.draining()
     assert (left.engine_id, left.kv_bytes, left.since_s) == ("a", 150, NOW + 1)
@@ -289,7 +328,7 @@ async def grown(queue: Queue, kv_bytes: int = 214) -> Grant:
     """Stage ``s``, granted by the fast path with 150 bytes and grown since."""
     grant = await queue.push(ticket("s"), engines=(A,), now_s=NOW)
     assert isinstance(grant, Grant)
-    assert await queue.extend("s", token=grant.token, kv_bytes=kv_bytes) is True
+    assert await queue.extend("s", client_id="app", token=grant.token, kv_bytes=kv_bytes) is True
     return grant
 
 
@@ -298,7 +337,7 @@ async def test_a_reservation_grows_in_the_record_and_in_the_ledger(queue: Queue)
     await led(queue, credit=True)
     grant = await grown(queue)
     for kv_bytes, holds in ((214, 214), (160, 214), (278, 278)):
-        assert await queue.extend("s", token=grant.token, kv_bytes=kv_bytes) is True
+        assert await queue.extend("s", client_id="app", token=grant.token, kv_bytes=kv_bytes) is True
         (running,) = await queue.running()
         ledger = await queue.ledger()
         assert (running.kv_bytes, dict(ledger.kv_bytes), dict(ledger.slots)) == (holds, {"a": holds}, {"a": 1})
@@ -311,10 +350,10 @@ async def test_only_the_holder_of_a_grant_makes_it_grow(queue: Queue) -> None:
     assert isinstance(grant, Grant)
     await queue.push(ticket("waiting"), engines=(B,), now_s=NOW)
     for stage_id, token in (("s", grant.token + 1), ("waiting", 0), ("nobody", 1)):
-        assert await queue.extend(stage_id, token=token, kv_bytes=999) is None
+        assert await queue.extend(stage_id, client_id="app", token=token, kv_bytes=999) is None
     assert (await queue.ledger()).kv_bytes == {"b": 150}
-    await queue.finish(done(ticket("s"), "b"), token=grant.token, now_s=NOW)
-    assert await queue.extend("s", token=grant.token, kv_bytes=999) is None
+    await queue.finish(done(ticket("s"), "b"), client_id="app", token=grant.token, now_s=NOW)
+    assert await queue.extend("s", client_id="app", token=grant.token, kv_bytes=999) is None
     assert await empty(queue)
 
 
@@ -322,12 +361,12 @@ async def test_a_reservation_grows_past_what_the_engine_has_and_admission_knows(
     """The answer streams on, so the ledger says what is true; nothing is granted there until it fits again."""
     epoch = await led(queue, credit=True, engines=(A,))
     grant = await grown(queue, 10_000)
-    assert await queue.extend("s", token=grant.token, kv_bytes=10_001) is False
+    assert await queue.extend("s", client_id="app", token=grant.token, kv_bytes=10_001) is False
     assert (await queue.ledger()).kv_bytes == {"a": 10_001}
     t = ticket("next", prompt_tokens=0, max_tokens=0)
     assert await queue.push(t, engines=(A,), now_s=NOW) is None
     assert await queue.grant(wish("next", epoch=epoch, kv_bytes=1), t, now_s=NOW) is None
-    assert await queue.finish(done(ticket("s")), token=grant.token, now_s=NOW)
+    assert await queue.finish(done(ticket("s")), client_id="app", token=grant.token, now_s=NOW)
     assert await queue.grant(wish("next", epoch=epoch, kv_bytes=1), t, now_s=NOW) is not None
 
 
@@ -344,11 +383,11 @@ async def test_what_ends_a_grant_frees_all_that_it_had_grown_to(queue: Queue, en
     await led(queue, credit=True)
     grant = await grown(queue)
     if end == "finish":
-        assert await queue.finish(done(ticket("s")), token=grant.token, now_s=NOW)
+        assert await queue.finish(done(ticket("s")), client_id="app", token=grant.token, now_s=NOW)
     elif end == "requeue":
         assert await queue.requeue(ticket("s"), token=grant.token, now_s=NOW, draining=False)
     else:
-        assert await queue.cancel("s", "m", now_s=NOW, draining=False) is Status.GRANTED
+        assert await queue.cancel("s", "m", client_id="app", now_s=NOW, draining=False) is Status.GRANTED
     assert await empty(queue)
 
 
@@ -363,7 +402,7 @@ async def test_all_that_a_reservation_had_grown_to_drains(queue: Queue, end: str
     elif end == "requeue":
         assert await queue.requeue(ticket("s"), token=grant.token, now_s=NOW, draining=True)
     else:
-        assert await queue.cancel("s", "m", now_s=NOW, draining=True) is Status.GRANTED
+        assert await queue.cancel("s", "m", client_id="app", now_s=NOW, draining=True) is Status.GRANTED
     (left,) = await queue.draining()
     assert left.kv_bytes == 214
     assert (await queue.ledger()).kv_bytes == {"a": 214}
@@ -425,12 +464,12 @@ async def test_a_grant_says_how_many_output_tokens_it_covers(queue: Queue) -> No
 async def test_cancel_says_what_it_found(queue: Queue) -> None:
     """Unknown, waiting, granted, ended: each has its answer, and an ended stage stays as it ended."""
     await led(queue, credit=True, engines=(B,))
-    assert await queue.cancel("nobody", "m", now_s=NOW, draining=False) is None
+    assert await queue.cancel("nobody", "m", client_id="app", now_s=NOW, draining=False) is None
     await queue.push(ticket("granted"), engines=(B,), now_s=NOW)
     await queue.push(ticket("waiting"), engines=(B,), now_s=NOW)
-    assert await queue.cancel("waiting", "m", now_s=NOW, draining=False) is Status.QUEUED
-    assert await queue.cancel("granted", "m", now_s=NOW, draining=False) is Status.GRANTED
-    assert await queue.cancel("granted", "m", now_s=NOW, draining=False) is Status.CANCELLED
+    assert await queue.cancel("waiting", "m", client_id="app", now_s=NOW, draining=False) is Status.QUEUED
+    assert await queue.cancel("granted", "m", client_id="app", now_s=NOW, draining=False) is Status.GRANTED
+    assert await queue.cancel("granted", "m", client_id="app", now_s=NOW, draining=False) is Status.CANCELLED
     assert await empty(queue)
 
 
@@ -442,7 +481,7 @@ async def test_an_expired_lease_ends_as_lost_and_drains(queue: Queue) -> None:
     assert isinstance(grant, Grant)
     assert not await queue.reap(now_s=NOW + LEASE_S - 1)
     assert list(await queue.reap(now_s=NOW + LEASE_S + 1)) == ["s"]
-    assert not await queue.finish(done(t), token=grant.token, now_s=NOW)
+    assert not await queue.finish(done(t), client_id="app", token=grant.token, now_s=NOW)
     assert [r.engine_id for r in await queue.draining()] == ["a"]
     assert not await queue.reap(now_s=NOW + LEASE_S + 1)
 
@@ -481,15 +520,31 @@ async def test_announcing_restores_what_a_store_forgot(queue: Queue) -> None:
         await queue.announce(ticket("held"), held, now_s=NOW)
         await queue.announce(ticket("waiting"), None, now_s=NOW)
     assert (await queue.ledger()).kv_bytes == {"a": 77}
-    assert await queue.extend("held", token=41, kv_bytes=141) is True
+    assert await queue.extend("held", client_id="app", token=41, kv_bytes=141) is True
     assert (await queue.ledger()).kv_bytes == {"a": 141}
     assert [t.stage_id for t in await queue.heads("m", 9)] == ["waiting"]
     given = await queue.grant(wish("waiting", epoch=epoch), ticket("waiting"), now_s=NOW)
     assert given is not None
     assert given.token > 41
-    assert await queue.finish(done(ticket("held")), token=41, now_s=NOW)
+    assert await queue.finish(done(ticket("held")), client_id="app", token=41, now_s=NOW)
     (running,) = await queue.running()
     assert (running.ticket.stage_id, running.engine_id, running.token) == ("waiting", "a", given.token)
+
+
+async def test_announcing_restores_a_grant_that_a_store_forgot(queue: Queue) -> None:
+    """A replica that took over a moment too early knows the stage as waiting: it is granted as its client says, not twice."""
+    epoch = await led(queue, credit=False)
+    await queue.push(ticket("s"), engines=(A,), now_s=NOW)
+    held = Grant(stage_id="s", engine_id="a", token=41, epoch=9, kv_bytes=77, granted_at_s=NOW)
+    await queue.announce(ticket("s", client_id="thief"), held, now_s=NOW)
+    assert (await queue.depth("m"), await empty(queue)) == (1, True)
+    for _ in range(2):
+        await queue.announce(ticket("s"), held, now_s=NOW)
+    assert await queue.depth("m") == 0
+    assert (await queue.ledger()).kv_bytes == {"a": 77}
+    assert await queue.grant(wish("s", epoch=epoch), ticket("s"), now_s=NOW) is None
+    assert await queue.finish(done(ticket("s")), client_id="app", token=41, now_s=NOW)
+    assert await empty(queue)
 
 
 async def test_leadership_is_fenced(queue: Queue) -> None:
@@ -502,7 +557,15 @@ async def test_leadership_is_fenced(queue: Queue) -> None:
     assert second == first + 1
     assert await queue.lead("one", ttl_s=5, now_s=NOW + 10) is None
     assert not await queue.publish((A,), p99={}, epoch=first, valid_until_s=NOW + 99)
+    await queue.push(ticket("s"), engines=(A,), now_s=NOW + 11)
+    assert await queue.publish((A,), p99={}, epoch=second, valid_until_s=NOW + 99)
+    before = await queue.grant(wish("s", epoch=second), ticket("s"), now_s=NOW + 11)
     assert await queue.lead("two", ttl_s=5, now_s=NOW + 11, at_least=second + 5) == second + 5
+    await queue.push(ticket("after"), engines=(A,), now_s=NOW + 11)
+    after = await queue.grant(wish("after", epoch=second + 5), ticket("after"), now_s=NOW + 11)
+    assert before is not None
+    assert after is not None
+    assert after.token > before.token + 1000, "a store that restarted may have forgotten its last tokens"
 
 
 async def test_moments_are_rewritten_for_waiting_stages_only(queue: Queue) -> None:
@@ -510,7 +573,7 @@ async def test_moments_are_rewritten_for_waiting_stages_only(queue: Queue) -> No
     await led(queue, credit=False)
     await queue.push(ticket("x", due_at_s=NOW), engines=(A,), now_s=NOW)
     await queue.push(ticket("y", due_at_s=NOW + 1), engines=(A,), now_s=NOW)
-    await queue.cancel("x", "m", now_s=NOW, draining=False)
+    await queue.cancel("x", "m", client_id="app", now_s=NOW, draining=False)
     await queue.reorder({"x": NOW - 9, "y": NOW + 7}, "m")
     assert [(t.stage_id, t.due_at_s) for t in await queue.heads("m", 9)] == [("y", NOW + 7)]
 
@@ -524,7 +587,7 @@ async def test_a_refusal_reaches_the_client_and_ends_the_stage(queue: Queue) -> 
     assert await queue.refuse(no, t, now_s=NOW)
     assert not await queue.refuse(no, t, now_s=NOW)
     assert list(await queue.verdicts("app", 1.0)) == [no]
-    assert await queue.cancel("s", "m", now_s=NOW, draining=False) is Status.REFUSED
+    assert await queue.cancel("s", "m", client_id="app", now_s=NOW, draining=False) is Status.REFUSED
 
 
 async def test_the_scheduler_is_woken_by_a_push(queue: Queue) -> None:
@@ -597,6 +660,16 @@ async def test_a_switch_that_was_lost_is_put_back_and_one_that_was_turned_is_not
     await queue.set_switch(Switch(by="alice"))
     await queue.set_switch(known, if_lost=True)
     assert await queue.switch() == Switch(by="alice")
+
+
+async def test_a_gateway_key_counts_until_it_is_removed(queue: Queue) -> None:
+    """What is kept of keys comes back by digest; a removed one does not, and removing it again says so."""
+    await queue.add_api_key("d1", '{"tenant":"acme"}')
+    await queue.add_api_key("d2", "{}")
+    assert await queue.api_keys() == {"d1": '{"tenant":"acme"}', "d2": "{}"}
+    assert await queue.remove_api_key("d2")
+    assert not await queue.remove_api_key("d2")
+    assert await queue.api_keys() == {"d1": '{"tenant":"acme"}'}
 
 
 # -- trained models ------------------------------------------------------------------------------------------------------
@@ -734,3 +807,138 @@ async def test_a_stage_that_waits_for_a_sleeping_model_is_lost_with_its_app(queu
     await queue.push(ticket("s", model="asleep"), engines=(), now_s=NOW)
     assert list(await queue.reap(now_s=NOW + LEASE_S + 1)) == ["s"]
     assert await queue.depth("asleep") == 0
+
+
+ACME = Tenant(name="acme", weight=2.0, allow_clusters=("local",), max_stages=2, max_waiting=2)
+CALM = Tenant(name="calm|1", max_waiting=2)
+
+
+async def with_tenants(queue: Queue, *tenants: Tenant, backlog: Backlog | None = None) -> int:
+    epoch = await queue.lead("leader", ttl_s=5, now_s=NOW)
+    assert epoch is not None
+    said = {"p99": {}, "epoch": epoch, "valid_until_s": NOW + 1000, "backlog": backlog or Backlog()}
+    assert await queue.publish((A, B), tenants=tenants, **said)  # type: ignore[arg-type]
+    return epoch
+
+
+async def test_tenants_are_read_as_they_were_published_and_a_stale_leader_changes_nothing(queue: Queue) -> None:
+    """Everybody reads the leader's last word; one who was followed by another has none."""
+    assert list(await queue.tenants()) == []
+    old = await with_tenants(queue, ACME, CALM)
+    assert list(await queue.tenants()) == [ACME, CALM]
+    assert await queue.lead("other", ttl_s=5, now_s=NOW + 6) == old + 1
+    assert not await queue.publish((), p99={}, epoch=old, valid_until_s=0.0, tenants=())
+    assert list(await queue.tenants()) == [ACME, CALM]
+    assert await queue.publish((A,), p99={}, epoch=old + 1, valid_until_s=0.0)
+    assert list(await queue.tenants()) == []
+
+
+async def test_a_metered_tenant_has_no_fast_path_and_others_keep_theirs(queue: Queue) -> None:
+    """What it may start the scheduler knows; its nested stage is admitted at once all the same."""
+    await with_tenants(queue, ACME, CALM)
+    assert await queue.push(ticket("waits", tenant="acme", model="n"), engines=(A,), now_s=NOW) is None
+    assert await queue.depth("n") == 1
+    assert isinstance(await queue.push(ticket("nested", tenant="acme", nested=True), engines=(A,), now_s=NOW), Grant)
+    assert isinstance(await queue.push(ticket("calm", tenant="calm|1"), engines=(A, B), now_s=NOW), Grant)
+    assert isinstance(await queue.push(ticket("other"), engines=(A, B), now_s=NOW), Grant)
+
+
+async def test_a_tenant_has_no_more_waiting_than_it_may(queue: Queue) -> None:
+    """Over all models, refused at the push with the leader's word for when to come again; others and nested ones pass."""
+    await with_tenants(queue, ACME, CALM, backlog=Backlog(tenants={"acme": 12.5}))
+    for name, model in (("s1", "m"), ("s2", "n")):
+        assert await queue.push(ticket(name, tenant="acme", model=model), engines=(), now_s=NOW) is None
+    refused = await queue.push(ticket("s3", tenant="acme", model="o"), engines=(), now_s=NOW)
+    assert refused == Refusal(stage_id="s3", reason="quota", retry_after_s=12.5)
+    assert await queue.push(ticket("nested", tenant="acme", nested=True), engines=(), now_s=NOW) is None
+    for tenant in ("calm|1", "calm", "acm", "acme2"):
+        assert await queue.push(ticket(f"of {tenant}", tenant=tenant, model=tenant), engines=(), now_s=NOW) is None
+    found = await queue.waiting(["acme", "calm|1", "calm", "nobody"])
+    assert dict(found) == {"acme": 2, "calm|1": 1, "calm": 1, "nobody": 0}
+
+
+async def test_what_waits_no_more_makes_room_for_its_tenant(queue: Queue) -> None:
+    """Granted, withdrawn, refused, lost; and one that is queued again counts again."""
+    epoch = await with_tenants(queue, ACME)
+
+    async def waiting() -> int:
+        return (await queue.waiting(["acme"]))["acme"]
+
+    t = [ticket(f"s{i}", tenant="acme", model=f"m{i % 2}") for i in range(4)]
+    for one in t[:2]:
+        await queue.push(one, engines=(), now_s=NOW)
+    given = await queue.grant(wish("s0", epoch=epoch), t[0], now_s=NOW)
+    assert given is not None
+    assert await waiting() == 1
+    assert await queue.requeue(t[0], token=given.token, now_s=NOW, draining=False)
+    assert await waiting() == 2
+    assert await queue.cancel("s0", "m0", client_id="app", now_s=NOW, draining=False) is Status.QUEUED
+    assert await waiting() == 1
+    assert await queue.refuse(Refusal(stage_id="s1", reason="deadline", retry_after_s=1.0), t[1], now_s=NOW)
+    assert await waiting() == 0
+    await queue.announce(t[2], None, now_s=NOW)
+    assert await queue.push(t[3], engines=(), now_s=NOW) is None
+    assert await waiting() == 2
+    assert await queue.grant(wish("s2", epoch=epoch), t[2], now_s=NOW + LEASE_S + 1) is None, "its app is dead"
+    assert await waiting() == 1
+
+
+async def test_a_full_queue_says_when_to_come_again(queue: Queue) -> None:
+    """As long as the leader thinks that what waits will take, and never less than the floor."""
+    await with_tenants(queue, backlog=Backlog(models={"m": 42.0, "n": 0.01}))
+    for model, again_s in (("m", 42.0), ("n", RETRY_FLOOR_S), ("unknown", RETRY_FLOOR_S)):
+        for i in range(3):
+            assert await queue.push(ticket(f"{model}{i}", model=model), engines=(), now_s=NOW) is None
+        refused = await queue.push(ticket(f"{model}3", model=model), engines=(), now_s=NOW)
+        assert refused == Refusal(stage_id=f"{model}3", reason="full", retry_after_s=again_s)
+
+
+async def test_heads_show_a_few_of_some_tenants_and_the_others_behind_them(queue: Queue) -> None:
+    """However many of one tenant come first, the first n of the others are seen, in order; nested stages are nobody's."""
+    await with_tenants(queue)
+    queue.max_queue = 1000  # type: ignore[attr-defined]
+    for i in range(20):
+        await queue.push(ticket(f"a{i:02}", tenant="acme", due_at_s=NOW + i), engines=(), now_s=NOW)
+    await queue.push(ticket("nested", tenant="acme", due_at_s=NOW + 50, nested=True), engines=(), now_s=NOW)
+    for i in range(3):
+        await queue.push(ticket(f"b{i}", tenant="b", due_at_s=NOW + 100 + i), engines=(), now_s=NOW)
+    for _ in range(2):  # asked again it knows whose they are
+        found = await queue.heads("m", 3, at_most={"acme": 2, "b": 9})
+        assert [t.stage_id for t in found] == ["a00", "a01", "nested", "b0", "b1", "b2"]
+    assert [t.stage_id for t in await queue.heads("m", 2, at_most={"acme": 0})] == ["nested", "b0"]
+
+
+async def test_usage_is_counted_once(queue: Queue) -> None:
+    """A part of the log that was counted, and the word of a leader that was followed by another, change nothing."""
+    epoch = await led(queue, credit=False)
+    assert (await queue.charged_to(), dict(await queue.usage("2026-11-01"))) == ("", {})
+    days = {"2026-11-01": {"x": 3, "y": 1}, "2026-11-02": {"x": 5}}
+    assert await queue.charge(days, after="", to="1-0", epoch=epoch)
+    assert not await queue.charge(days, after="", to="1-0", epoch=epoch)
+    assert not await queue.charge(days, after="1-0", to="2-0", epoch=epoch - 1)
+    assert await queue.charged_to() == "1-0"
+    assert await queue.charge({"2026-11-01": {"x": 2}}, after="1-0", to="2-0", epoch=epoch)
+    assert await queue.charge({}, after="2-0", to="3-0", epoch=epoch), "nothing to count is counted, too"
+    assert dict(await queue.usage("2026-11-01")) == {"x": 5, "y": 1}
+    assert dict(await queue.usage("2026-11-02")) == {"x": 5}
+    assert await queue.charged_to() == "3-0"
+
+
+async def test_the_last_word_on_each_distance_is_kept(queue: Queue) -> None:
+    """Per site and cluster; one that cannot be reached is as good a word as any, and moments keep their digits."""
+    far = Distance(site="berlin", cluster="us", rtt_s=0.0801234567, measured_at_s=NOW + 0.125)
+    near = Distance(site="berlin", cluster="eu", rtt_s=0.001, measured_at_s=NOW)
+    other = Distance(site="ohio", cluster="eu", rtt_s=0.09, measured_at_s=NOW)
+    assert list(await queue.distances()) == []
+    await queue.tell_distances([far, near])
+    await queue.tell_distances([])
+    await queue.tell_distances([other])
+    assert {(d.site, d.cluster): d for d in await queue.distances()} == {
+        ("berlin", "us"): far,
+        ("berlin", "eu"): near,
+        ("ohio", "eu"): other,
+    }
+    lost = dataclasses.replace(far, rtt_s=math.inf, measured_at_s=NOW + 5)
+    await queue.tell_distances([lost])
+    assert lost in await queue.distances()
+    assert len(await queue.distances()) == 3

@@ -11,8 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from maestro_agents.core import EngineSpec, Grant, Observation, Refusal, ServiceClass, Status, Ticket
 from maestro_agents.nodes import NodeReport, Tier, Want, Wanted
+from maestro_agents.ports import Backlog
 from maestro_agents.queue.memory import MemoryQueue
 from maestro_agents.queue.redis import RedisQueue
+from maestro_agents.tenants import Tenant
 from tests.queues import fake_redis_queue, fresh_redis_queue
 
 ENGINES = (
@@ -22,9 +24,11 @@ ENGINES = (
         kv_block_tokens=16, kv_window_tokens=100, kv_window_bytes_per_token=2, max_model_len=310,
     ),
 )  # fmt: skip
+TENANTS = (Tenant(name="metered", max_stages=1, max_waiting=2), Tenant(name="default", weight=2.0, max_waiting=2))
 LEASE_S = 10.0
 STAGES = st.sampled_from([f"s{i}" for i in range(6)])
 CLIENTS = st.sampled_from(["app1", "app2"])
+OTHERS = st.sampled_from([None, None, None, "app1", "app2"])
 PLACES = st.sampled_from(["a", "b"])
 
 
@@ -63,7 +67,16 @@ class Walk(RuleBasedStateMachine):
         if epoch is not None:
             self.epoch = epoch
             until = self.now_s + 30 if credit else 0.0
-            self.both("publish", ENGINES, p99={"m|r": 30.0}, epoch=epoch, valid_until_s=until)
+            backlog = Backlog(models={"m": 7.0}, tenants={"metered": 9.0})
+            self.both(
+                "publish",
+                ENGINES,
+                p99={"m|r": 30.0},
+                epoch=epoch,
+                valid_until_s=until,
+                tenants=TENANTS,
+                backlog=backlog,
+            )
 
     @rule(seconds=st.sampled_from([0.5, 4.0, 11.0]))
     def time_passes(self, seconds: float) -> None:
@@ -74,9 +87,10 @@ class Walk(RuleBasedStateMachine):
         ticket = Ticket(
             stage_id=stage, client_id=client, model="m", role="r", prompt_tokens=tokens, due_at_s=self.now_s + due,
             nested=nested, max_tokens=None if due > 0 else 20, choices=1 + due % 2,
+            tenant="metered" if stage in {"s0", "s1", "s2"} else "default",
         )  # fmt: skip
         self.tickets.setdefault(stage, ticket)
-        ticket = self.tickets[stage]
+        ticket = self.tickets[stage].evolve(client_id=client)
         verdict = self.both("push", ticket, engines=ENGINES, now_s=self.now_s)
         if isinstance(verdict, Grant):
             self.tokens[stage] = verdict.token
@@ -94,29 +108,37 @@ class Walk(RuleBasedStateMachine):
         if given is not None:
             self.tokens[stage] = given.token
 
-    @rule(stage=STAGES, failed=st.booleans(), wrong=st.booleans())
-    def finish(self, stage: str, failed: bool, wrong: bool) -> None:
+    def holder(self, stage: str, other: str | None) -> str:
+        """Whose word it is: the holder's, or that of a client that may be another."""
+        return other or (self.tickets[stage].client_id if stage in self.tickets else "nobody")
+
+    @rule(stage=STAGES, failed=st.booleans(), wrong=st.booleans(), other=OTHERS)
+    def finish(self, stage: str, failed: bool, wrong: bool, other: str | None) -> None:
         observation = Observation(
             stage_id=stage, run_id="run", workflow="w", role="r", node="n", model="m", engine_id="a", tenant="t",
             service_class=ServiceClass.BATCH, status=Status.FAILED if failed else Status.DONE, output_tokens=3,
         )  # fmt: skip
-        self.both("finish", observation, token=self.tokens.get(stage, 0) + wrong, now_s=self.now_s)
+        token, client_id = self.tokens.get(stage, 0) + wrong, self.holder(stage, other)
+        self.both("finish", observation, client_id=client_id, token=token, now_s=self.now_s)
 
-    @rule(stage=STAGES, draining=st.booleans(), wrong=st.booleans())
-    def requeue(self, stage: str, draining: bool, wrong: bool) -> None:
+    @rule(stage=STAGES, draining=st.booleans(), wrong=st.booleans(), other=OTHERS)
+    def requeue(self, stage: str, draining: bool, wrong: bool, other: str | None) -> None:
         ticket = self.tickets.get(stage)
         if ticket is not None:
+            ticket = ticket.evolve(client_id=self.holder(stage, other))
             token = self.tokens.get(stage, 0) + wrong
             self.both("requeue", ticket, token=token, now_s=self.now_s, draining=draining)
 
-    @rule(kv_bytes=st.sampled_from([1, 120, 450, 600]), wrong=st.sampled_from([0, 0, 0, 1]))
-    def extend_all(self, kv_bytes: int, wrong: int) -> None:
+    @rule(kv_bytes=st.sampled_from([1, 120, 450, 600]), wrong=st.sampled_from([0, 0, 0, 1]), other=OTHERS)
+    def extend_all(self, kv_bytes: int, wrong: int, other: str | None) -> None:
         for stage, token in self.tokens.items():
-            self.both("extend", stage, token=token + wrong, kv_bytes=kv_bytes)
+            client_id = self.holder(stage, other)
+            self.both("extend", stage, client_id=client_id, token=token + wrong, kv_bytes=kv_bytes)
 
-    @rule(stage=STAGES, draining=st.booleans())
-    def cancel(self, stage: str, draining: bool) -> None:
-        self.both("cancel", stage, "m", now_s=self.now_s, draining=draining)
+    @rule(stage=STAGES, draining=st.booleans(), other=OTHERS, operator=st.booleans())
+    def cancel(self, stage: str, draining: bool, other: str | None, operator: bool) -> None:
+        client_id = None if operator else self.holder(stage, other)
+        self.both("cancel", stage, "m", client_id=client_id, now_s=self.now_s, draining=draining)
 
     @rule(stage=STAGES)
     def refuse(self, stage: str) -> None:
@@ -178,6 +200,8 @@ class Walk(RuleBasedStateMachine):
     def both_look_the_same(self) -> None:
         ledger = self.both("ledger")
         self.both("heads", "m", 10)
+        self.both("heads", "m", 1, at_most={"metered": 1})
+        self.both("waiting", ["metered", "default", "nobody"])
         self.both("depth", "m")
         for stage in self.tickets:
             expected = self.spec.status(stage)

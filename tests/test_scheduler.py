@@ -79,9 +79,9 @@ class Store(MemoryQueue):
         self.published.append((tuple(e.engine_id for e in engines), dict(more["p99"]), more["valid_until_s"]))
         return done
 
-    async def heads(self, model: str, n: int) -> Sequence[Ticket]:
+    async def heads(self, model: str, n: int, **more: Any) -> Sequence[Ticket]:
         self._fail(f"heads {model}")
-        return await super().heads(model, n)
+        return await super().heads(model, n, **more)
 
     async def grant(self, grant: Grant, ticket: Ticket, *, now_s: float) -> Grant | None:
         self._fail(f"grant {ticket.stage_id}")
@@ -182,6 +182,7 @@ class World:
         self.clock.at_s += after_s
         return await self.store.finish(
             observed(running.ticket, running.engine_id, output_tokens, running.granted_at_s, self.clock.at_s),
+            client_id=running.ticket.client_id,
             token=running.token,
             now_s=self.clock.at_s,
         )
@@ -598,7 +599,7 @@ async def drain(w: World, n: int, *, kv_bytes: Sequence[int] = ()) -> None:
         await w.round()
         assert name in await w.granted()
     for name in names:
-        await w.store.cancel(name, "m", now_s=w.clock.at_s, draining=True)
+        await w.store.cancel(name, "m", client_id=None, now_s=w.clock.at_s, draining=True)
 
 
 async def look_and_settle(w: World, health: EngineHealth, *, times: int = 1, every_s: float = 0.6) -> int:
@@ -717,7 +718,7 @@ def test_reservations_never_fall_below_what_the_engine_computes(moves: list[str]
                 computing.discard(s)
                 await w.finish(s, after_s=0)
             elif move == "c" and arrived:  # its caller goes away, the engine goes on
-                await w.store.cancel(random.choice(arrived), "m", now_s=w.clock.at_s, draining=True)
+                await w.store.cancel(random.choice(arrived), "m", client_id=None, now_s=w.clock.at_s, draining=True)
             elif move == "k" and (left := sorted(computing - set(live))):  # the engine ends an abandoned one
                 computing.discard(random.choice(left))
             elif move == "l":
@@ -827,7 +828,9 @@ async def test_a_stage_goes_where_its_prompt_is_cached_and_a_new_leader_knows_it
     assert second.because["prefill_s"] < 0.2 * third.because["prefill_s"]
     now_s = w.clock.now_s()
     o = dataclasses.replace(observed(second.ticket, "b", 5, now_s, now_s + 1), prefix=second.ticket.prefix)
-    await w.store.finish(dataclasses.replace(o, cached_tokens=2_432), token=second.token, now_s=now_s + 1)
+    await w.store.finish(
+        dataclasses.replace(o, cached_tokens=2_432), client_id="c", token=second.token, now_s=now_s + 1
+    )
     successor = w.candidate("second")
     await w.round(10 * LEASE_S, successor)
     fresh = Ticket(stage_id="x", client_id="c", model="m", prompt_tokens=prompt_tokens, prefix=begun(long))

@@ -230,7 +230,7 @@ async def test_a_live_snapshot_gives_the_plan_that_was_carried_out(
         await queue.push(ticket, engines=[], now_s=now_s)
         if i % 4 == 3:
             for r in await queue.running():
-                await queue.cancel(r.ticket.stage_id, "m", now_s=now_s, draining=False)
+                await queue.cancel(r.ticket.stage_id, "m", client_id=None, now_s=now_s, draining=False)
         await live.step()
     carried_out = {r.ticket.stage_id: r.engine_id for r in await queue.running()}
     grants: dict[str, str] = {}

@@ -121,7 +121,7 @@ def app(url: str, model: str = "tiny", **options: Any) -> CompiledStateGraph[Any
     [
         pytest.param(
             ["scheduler", "--fleet", "fleet.toml", "--redis-url", NO_REDIS],
-            "127.0.0.1:1/0 does not answer: [Errno 111] Connection refused. Start it, or let `maestro up`",
+            "127.0.0.1:1/0 does not answer: ConnectionError: Error 111 connecting to 127.0.0.1:1. Connect call failed ('127.0.0.1', 1). Start it, or let `maestro up`",
             id="scheduler",
         ),
         pytest.param(["top", "--once", "--redis-url", NO_REDIS], "Redis cannot be reached. Check MAESTRO_", id="top"),
@@ -138,7 +138,7 @@ def test_no_redis_at_the_url(run: Run, words: list[str], says: str) -> None:
     """Whoever needs Redis and finds none says so, and how to get on."""
     Path("fleet.toml").write_text(ENGINE)
     said = run(*words)
-    refused((said[0], said[1], said[2].replace("[Errno 61]", "[Errno 111]")), says)
+    refused((said[0], said[1], said[2].replace("Error 61", "Error 111")), says)
 
 
 @pytest.mark.parametrize("words", [["top", "--once"], ["queue", "ls"], ["queue", "show", "a"], ["switch"]])
@@ -161,7 +161,7 @@ def test_no_redis_named(run: Run, words: list[str]) -> None:
 def test_a_url_that_is_none_of_a_redis(run: Run, words: list[str]) -> None:
     """A wrong scheme is answered with the right ones and an example."""
     Path("fleet.toml").write_text(ENGINE)
-    says = "a Redis URL starts with redis://, rediss:// or unix://, e.g. redis://127.0.0.1:6379/0"
+    says = "a Redis URL starts with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://, e.g. redis://127.0.0.1:6379/0"
     refused(run(*words, "--redis-url", "http://127.0.0.1:6379"), says)
 
 

@@ -57,6 +57,26 @@ def faults(name: str) -> str:
     return f"{table}\n\nLabel: `{result['label']}`. Lease {result['lease_s']:g} s. Raw trials: {raw}."
 
 
+def failover(name: str) -> str:
+    """Gaps between two leaders, and what was lost or done twice, by how the leader went."""
+    result = load(name)
+    ways = {"kill": "kill -9", "stop": "stopped, woken later", "term": "ended in order"}
+    body = [
+        [
+            ways[r["fault"]], str(r["trials"]), f"{r['ok']} / {r['runs']}",
+            f"{r['gap_median_s']:.2f} s", f"{r['gap_longest_s']:.2f} s", str(r["fast_in_gap"]), f"{r['lost']} / {r['stages']}",
+            "not told" if r["asked_twice"] is None else str(r["asked_twice"]), str(r["deposed_grants"]), "yes" if r["kept"] else "**no**",
+        ]
+        for r in result["summary"]
+    ]  # fmt: skip
+    head = ["the leader", "times", "runs completed", "gap p50", "longest", "fast path meanwhile"]
+    table = rows([*head, "stages lost", "asked twice", "grants of a deposed leader", "kept"], body)
+    return (
+        f"{table}\n\nLabel: `{result['label']}`. {result['schedulers']} schedulers, lease {result['lease_s']:g} s, leadership period "
+        f"{result['period_s']:g} s. Raw trials: `docs/results/{name}.json`."
+    )
+
+
 def order(name: str) -> str:
     """The same runs under both policies."""
     result = load(name)
@@ -558,7 +578,147 @@ def place(name: str) -> str:
     )
 
 
+def clusters(name: str) -> str:
+    """Clusters at a distance: each routing live, and the same played by the simulator."""
+    r = load(name)
+    at = r["fleet"]["clusters"]
+    plays = dict(r["policies"])
+    if r["outage"]:
+        gone = r["outage"]
+        plays[f"ours, {gone['cluster']} lost for {gone['to_s'] - gone['from_s']:g} s"] = gone
+    body: list[list[str]] = []
+    for policy, told in plays.items():
+        for row in told["rows"]:
+            seconds = " / ".join(f"{row[f'completion_{q}_s']:.1f}" for q in ("p50", "p95"))
+            shares = " / ".join(f"{100 * row['shares'][c]:.0f}" for c in at)
+            figures = ("slo", "slo_interactive", "slo_batch")
+            met = ("-" if row[figure] is None else percent(row, figure) for figure in figures)
+            body.append([policy, row["played"], *met, seconds, shares, f"{1000 * row['network_mean_s']:.1f}"])
+    head = [
+        "policy",
+        "played",
+        "deadlines met, %",
+        "interactive",
+        "batch",
+        "run p50 / p95 s",
+        f"calls to {' / '.join(at)}, %",
+    ]
+    measured = r["policies"][next(iter(r["policies"]))]["measured_rtt_s"]
+    far = ", ".join(
+        f"{c} {1000 * v['rtt_s']:g} ms (measured {1000 * measured[c]:.1f}), {v['slots']} places" for c, v in at.items()
+    )
+    checks = [told["checks"] for told in plays.values()]
+    ended = f"{sum(c['ended'] for c in checks)} of {sum(c['runs'] for c in checks)}"
+    return (
+        f"{rows([*head, 'network, ms a call'], body)}\n\nClusters: {far}. Live, {ended} runs ended, "
+        f"{sum(c['cut_streams'] for c in checks)} streams were cut and made anew, {sum(len(c['failed']) for c in checks)} runs failed. "
+        f"{r['workload']['runs']} runs, {r['workload']['stages']} calls, seed {r['seed']}. Label: `{r['label']}`. Raw: `docs/results/{name}.json`."
+    )
+
+
+def clusters_why(name: str) -> str:
+    """Where the first policy went, and what was predicted there: the routing table."""
+    r = load(name.partition("-")[0])
+    policy, told = next(iter(r["policies"].items()))
+    parts = ("network_s", "wait_s", "prefill_s", "decode_s")
+    body: list[list[str]] = []
+    for row in told["routing"]:
+        means = [f"{row['because'][p]:.3f}" if row["because"] else "-" for p in parts]
+        sums = [f"{row[k]:.3f}" if row[k] is not None else "-" for k in ("predicted_s", "took_s")]
+        body.append([row["cluster"], str(row["calls"]), str(row["fast"]), *means, *sums])
+    head = ["cluster", "calls", "granted at once", "network s", "wait s", "prefill s", "decode s", "sum s", "took s"]
+    one = [
+        [
+            e["stage"], e["engine"], " + ".join(f"{p.removesuffix('_s')} {e['because'][p]:.3f}" for p in parts),
+            f"{e['sum']:.3f}", f"{e['took_s']:.3f}",
+        ]
+        for e in told["examples"]
+    ]  # fmt: skip
+    return (
+        f"{rows(head, body)}\n\n{rows(['call', 'to', 'because', 'sum s', 'took s'], one)}\n\nOf `{policy}`: means of what was predicted of "
+        "the calls that the planner granted; took: from their grant to the last token."
+    )
+
+
+def gateway(name: str) -> str:
+    """What the gateway adds to a call."""
+    r = load(name)
+    body: list[list[str]] = []
+    for kind, what in (("whole", "whole answer"), ("first token", "first token of a stream")):
+        found = r["latency"][kind]
+        both = [
+            " / ".join(f"{found[way][q]:.2f}" for q in ("p50", "p99")) + " ms" for way in ("direct_ms", "gateway_ms")
+        ]
+        added = [
+            f"{x['ms']:.2f} ms ({x['interval_ms'][0]:.2f} to {x['interval_ms'][1]:.2f})"
+            for x in found["added_ms"].values()
+        ]
+        body.append([what, *both, *added])
+    alike = r["same"]
+    return (
+        f"{rows(['', 'direct p50 / p99', 'gateway p50 / p99', 'added p50 (95 %)', 'added p99 (95 %)'], body)}\n\n{r['latency']['pairs']} pairs in turn; "
+        f"intervals by bootstrap of the pairs. The same sample app, {alike['runs']} runs: results as straight to the engine "
+        f"{alike['as_direct']['gateway']} through the gateway, {alike['as_direct']['decorator']} through the decorator, alike by both "
+        f"{alike['decorator_as_gateway']}. Label: `{r['label']}`. Raw: `docs/results/{name}.json`."
+    )
+
+
+def gateway_streams(name: str) -> str:
+    """Waves of streams through one gateway process."""
+    r = load(name.partition("-")[0])
+    many = r["streams"]
+    body = [
+        [
+            str(n), f"{w['completed']} / {w['streams']}", str(w["open_at_most"]),
+            " / ".join(f"{w[at]['rss_bytes'] / 2**20:.1f}" for at in ("before", "peak", "after")),
+            " / ".join(str(w[at]["files"]) for at in ("before", "peak", "after")),
+        ]
+        for n, w in enumerate(many["waves"], 1)
+    ]  # fmt: skip
+    head = [
+        "wave",
+        "streams that ended",
+        "open at most",
+        "RSS before / most / after, MiB",
+        "open files before / most / after",
+    ]
+    grown = ", ".join(f"{x / 2**20:+.1f}" for x in many["grown_bytes_by_wave"])
+    return f"{rows(head, body)}\n\nMemory after a wave, less that after the one before: {grown} MiB. Label: `{r['label']}`."
+
+
+def ray(name: str) -> str:
+    """A machine of a Ray cluster dies under load: the worst of all trials by what was killed."""
+    r = load(name)
+    killed = {"raylet": "the raylet", "machine": "the raylet and all that it ran"}
+    body: list[list[str]] = []
+    for s in r["summary"]:
+        worst = ("processes_gone_s", "away_s", "moved_s", "serves_s")
+        seconds = ["never" if s[x] is None else f"{s[x]:.1f} s" for x in worst]
+        cut = f"{s['cut_streams']} / {s['failed']}"
+        body.append([killed[s["kind"]], str(s["trials"]), f"{s['ok']} / {s['runs']}", cut, str(s["lost"]), *seconds])
+    head = ["kill -9 of", "times", "runs completed", "streams cut (SDK's error) / failed otherwise"]
+    table = rows(
+        [*head, "stages or runs lost", "its processes gone", "out of the fleet", "placed anew", "serves again"], body
+    )
+
+    def free(of: str) -> str:
+        found = [t["resources"][of]["free"].get("GPU", 0.0) for t in r["trials"]]
+        total = [t["resources"][of]["total"].get("GPU", 0.0) for t in r["trials"]]
+        return " or ".join(sorted({f"{f:g} of {t:g}" for f, t in zip(found, total, strict=True)}))
+
+    return (
+        f"{table}\n\nSeconds from the kill, worst trial. {r['nodes']} nodes on {r['machines']} machines. GPUs free, as Ray counts them: before "
+        f"{free('before')}, once the node was placed anew {free('moved')}, with a new machine {free('replaced')}. Engines at {r['speed']:g} times the "
+        f"hardware's speed. Label: `{r['label']}`. Raw trials: `docs/results/{name}.json`."
+    )
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "ray": ray,
+    "clusters": clusters,
+    "clusters-why": clusters_why,
+    "gateway": gateway,
+    "gateway-streams": gateway_streams,
     "place": place,
     "place-vllm": place,
     "simulate-contention": contention,
@@ -587,6 +747,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "overhead": overhead,
     "order-vllm": order,
     "faults-vllm": faults,
+    "failover": failover,
     "calibrate-vllm": calibrate,
     "demo": demo,
 }

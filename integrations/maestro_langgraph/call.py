@@ -25,15 +25,18 @@ from langgraph.runtime import get_runtime
 from maestro_agents.client import Client, Pass
 from maestro_agents.core import EngineSpec, Mode, Ticket
 from maestro_agents.errors import MaestroError, NoEngineFits, RunGone
+from maestro_agents.hints import Said, Sent, merged, outward
 from maestro_agents.predict.features import RunFacts, StageNumbers, estimate_tokens, max_output_tokens, stage_numbers
 from maestro_agents.predict.prefix import prompt_blocks
+from maestro_agents.predict.prompt import choices_asked
+from maestro_agents.usage import Usage
 from maestro_langgraph import adopted
 from maestro_langgraph.identity import Caller, role_of, take_caller
 from maestro_langgraph.options import Options, options_now, said_of_model
 from maestro_langgraph.quiet import quietly, tell_once, warn_once
 from maestro_langgraph.refusals import as_sdk_error
 from maestro_langgraph.runs import Run, terms
-from maestro_langgraph.stream import Usage, http_response, tap, unread_response
+from maestro_langgraph.stream import http_response, tap, unread_response
 
 _T = TypeVar("_T")
 _C = TypeVar("_C", bound="Call")
@@ -193,7 +196,7 @@ class Call:
             due_at_s=now_s,
             prompt_tokens=numbers.prompt_tokens,
             max_tokens=max_output_tokens(self.body),
-            choices=_choices(self.body),
+            choices=choices_asked(self.body),
             prefix=prompt_blocks(self.body, self.client.salt),
             visit=visit,
             step=caller.step,
@@ -324,14 +327,19 @@ class Call:
         self.sent()
         return made
 
-    def added(self) -> dict[str, Any]:
-        """What an engine gets in the body beside what the caller said."""
+    def added(self) -> Sent:
+        """What an engine gets beside what the caller said: its own name for the model, and of the call what its dialect has
+        words for. Where the caller put something beside such a word, it is in the body too.
+        """
         engine, pass_ = cast("EngineSpec", self.engine), cast("Pass", self.pass_)
+        now_s, run = self.client.now_s(), self.run
+        call = Said.of(pass_.ticket, pass_.grant, now_s=now_s, session_id=run.thread if run is not None else "")
+        told = outward(engine.hints, call, now_s=now_s)
         own: dict[str, Any] = {"model": engine.served_model} if engine.served_model else {}
-        own["priority"] = pass_.grant.priority if pass_.grant else 0
+        own |= merged({name: self.body[name] for name in told.body if name in self.body}, told.body)
         if self.adds_usage:
             own["stream_options"] = {**(self.body.get("stream_options") or {}), "include_usage": True}
-        return own
+        return Sent(body=own, headers=told.headers)
 
     def sent(self) -> None:
         with quietly("noting a request"):
@@ -536,14 +544,6 @@ def _answer(result: object) -> Mapping[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.model_dump(warnings=False) if hasattr(value, "model_dump") else value
-
-
-def _choices(body: Mapping[str, Any]) -> int:
-    """Answers that are written beside each other: ``n`` of them, to each of a completion's prompts."""
-    n, prompts = body.get("n"), body.get("prompt")
-    texts = cast("list[object]", prompts) if isinstance(prompts, list) else []
-    several = len(texts) if texts and not isinstance(texts[0], int) else 1
-    return several * (n if type(n) is int and n > 0 else 1)
 
 
 def _remember(response_id: str, engine_id: str) -> None:

@@ -22,6 +22,7 @@ from openai._compat import model_copy
 from openai._models import FinalRequestOptions
 
 from maestro_agents.core import EngineSpec
+from maestro_agents.hints import Sent
 
 PATHS: Final = ("/chat/completions", "/completions", "/responses")
 """What Maestro manages, below the URL of an engine or a provider."""
@@ -141,9 +142,7 @@ def headers_for(engine: EngineSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**_allowed(given), "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
 
 
-def outgoing(
-    options: FinalRequestOptions, *, engine: EngineSpec, suffix: str, timeout: Any, extra: Mapping[str, Any]
-) -> Any:
+def outgoing(options: FinalRequestOptions, *, engine: EngineSpec, suffix: str, timeout: Any, added: Sent) -> Any:
     """Return the request as an engine gets it; the caller's own options are not touched."""
     sent = model_copy(options)
     sent.url = suffix
@@ -152,10 +151,10 @@ def outgoing(
     sent.timeout = timeout
     sent.idempotency_key = None
     given: Mapping[str, Any] = cast("Any", options.headers) if isinstance(options.headers, Mapping) else {}
-    sent.headers = _allowed(given)
+    sent.headers = {**_allowed(given), **added.headers}
     if engine.token:  # of this call, not of the client: it changes every few seconds, and connections are kept
         sent.headers["Authorization"] = f"Bearer {engine.token}"
-    sent.extra_json = {**cast("Mapping[str, Any]", options.extra_json or {}), **extra}
+    sent.extra_json = {**cast("Mapping[str, Any]", options.extra_json or {}), **added.body}
     return sent
 
 

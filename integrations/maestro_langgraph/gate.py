@@ -59,7 +59,7 @@ class SdkCall(Call):
         """The request as the granted engine gets it."""
         given = self.options.timeout
         timeout = self.sdk_client.timeout if isinstance(given, openai.NotGiven) else given
-        return engines.outgoing(self.options, engine=engine, suffix=self.suffix, timeout=timeout, extra=self.added())
+        return engines.outgoing(self.options, engine=engine, suffix=self.suffix, timeout=timeout, added=self.added())
 
 
 def _begin(sdk_client: Any, options: FinalRequestOptions, *, is_async: bool) -> SdkCall | None:

@@ -22,10 +22,10 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from maestro_agents.client import Client
 from maestro_agents.core import Mode
 from maestro_agents.errors import MaestroError
+from maestro_agents.usage import Usage
 from maestro_langgraph.call import Call, limited, opened
 from maestro_langgraph.options import Options
 from maestro_langgraph.quiet import quietly
-from maestro_langgraph.stream import Usage
 
 
 class _Asked(NamedTuple):

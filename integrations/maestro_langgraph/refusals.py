@@ -17,6 +17,7 @@ from maestro_agents.errors import (
     NoEngineFits,
     QueueFull,
     QueueUnavailable,
+    QuotaExceeded,
     RunGone,
     StageRefused,
     WaitTooLong,
@@ -25,6 +26,10 @@ from maestro_agents.errors import (
 
 class QueueFullError(QueueFull, openai.RateLimitError):
     """The queue for this model is full (status 429, ``retry-after``)."""
+
+
+class QuotaExceededError(QuotaExceeded, openai.RateLimitError):
+    """The tenant has as many calls waiting as it may (status 429, ``retry-after``)."""
 
 
 class StageRefusedError(StageRefused, openai.RateLimitError):
@@ -54,8 +59,14 @@ def as_sdk_error(error: MaestroError, httpx: ModuleType, url: str) -> MaestroErr
     """
     request = httpx.Request("POST", url)
     text = str(error)
-    if isinstance(error, QueueFull | StageRefused):
-        kind = QueueFullError if isinstance(error, QueueFull) else StageRefusedError
+    if isinstance(error, QueueFull | QuotaExceeded | StageRefused):
+        kind = (
+            QuotaExceededError
+            if isinstance(error, QuotaExceeded)
+            else QueueFullError
+            if isinstance(error, QueueFull)
+            else StageRefusedError
+        )
         response = httpx.Response(429, headers={"retry-after": f"{error.retry_after_s:.1f}"}, request=request)
         refusal = cast("QueueFullError", kind.__new__(kind))
         openai.RateLimitError.__init__(refusal, text, response=response, body=None)

@@ -63,11 +63,12 @@ class HttpCall(Call):
 
     def outgoing(self, engine: EngineSpec) -> Any:
         """The request as an engine gets it."""
+        added = self.added()
         return self.httpx.Request(
             "POST",
             engine.url.rstrip("/") + self.suffix,
-            headers=engines.headers_for(engine, self.request.headers),
-            content=json.dumps({**self.body, **self.added()}, ensure_ascii=False, separators=(",", ":")).encode(),
+            headers={**engines.headers_for(engine, self.request.headers), **added.headers},
+            content=json.dumps({**self.body, **added.body}, ensure_ascii=False, separators=(",", ":")).encode(),
             extensions={k: v for k, v in self.request.extensions.items() if k == "timeout"},
         )
 

@@ -41,6 +41,12 @@ COMMANDS: Final = (
         example="maestro demo --input messages.jsonl",
     ),
     Entry(
+        name="sample",
+        target="sample:run",
+        summary="Run a sample workflow, several users at once; without a name it lists them.",
+        example="maestro sample research_report",
+    ),
+    Entry(
         name="up",
         target="up:run",
         summary="Start Redis, the scheduler and a whole fleet from fleet.toml. Ctrl-C ends them all.",
@@ -58,6 +64,12 @@ COMMANDS: Final = (
         target="serve:scheduler",
         summary="Run the scheduler of a pool. Start two: the second takes over when the first dies.",
         example="maestro scheduler --redis-url redis://127.0.0.1:6379/0 --fleet fleet.toml",
+    ),
+    Entry(
+        name="gateway",
+        target="gateway:gateway_app",
+        summary="Serve the fleet to any OpenAI client: one URL, a key for each tenant. `keys` makes them.",
+        example="maestro gateway --host 0.0.0.0 --port 8080",
     ),
     Entry(
         name="node",
@@ -90,10 +102,22 @@ COMMANDS: Final = (
         example="maestro queue ls",
     ),
     Entry(
+        name="usage",
+        target="usage:run",
+        summary="What tenants used, by day: calls, tokens, GPU seconds. For chargeback.",
+        example="maestro usage --since 2026-11-01 --tenant acme",
+    ),
+    Entry(
         name="switch",
         target="switch:run",
         summary="The emergency brake of a pool: off, observe or on, in every app within a second.",
         example='maestro switch off --reason "answers are slow since 14:00"',
+    ),
+    Entry(
+        name="redis",
+        target="redis:redis_app",
+        summary="Users for a pool's Redis, one per role; and moving a pool to another Redis.",
+        example="maestro redis acl --pool prod",
     ),
     Entry(
         name="graph",

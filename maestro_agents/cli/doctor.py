@@ -1,12 +1,13 @@
 """`maestro doctor`: look at everything that Maestro stands on, and say what to do about what is broken.
 
-Each check returns findings and never raises; nothing is changed. Status 1 when something is broken.
+Each check returns findings and never raises; nothing is changed. Status 1 when something is broken. ``--hints`` sends calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import platform
 import sys
@@ -25,7 +26,9 @@ from rich.text import Text
 from maestro_agents.core import EngineSpec, Switch
 from maestro_agents.errors import MaestroError, QueueUnavailable
 from maestro_agents.fleet import load_fleet
-from maestro_agents.queue.embedded import find_server, ping, without_password
+from maestro_agents.queue.embedded import find_server
+from maestro_agents.queue.redis import reach
+from maestro_agents.redis_url import without_password
 from maestro_agents.settings import Settings, unknown_env
 
 Status = Literal["ok", "note", "broken"]
@@ -150,14 +153,23 @@ def check_redis(url: str | None) -> list[Finding]:
             )
         ]
     try:
-        info = ping(url)
+        info = reach(url)
     except QueueUnavailable as e:
         return [broken("redis", str(e), "start it (`maestro up` brings one along), or correct MAESTRO_REDIS_URL")]
-    detail = f"{info.version} at {without_password(url)}, PING {info.latency_s * 1e3:.2f} ms"
+    role = f" ({info.role})" if info.role else ""
+    detail = f"{info.version}{role} at {without_password(url)}, PING {info.latency_s * 1e3:.2f} ms"
     version = tuple(int(part) for part in info.version.split(".")[:2] if part.isdigit())
     if version < MIN_REDIS:
         wanted = ".".join(map(str, MIN_REDIS))
         return [broken("redis", f"{detail}: too old", f"Redis {wanted} or newer is needed")]
+    if info.evicts != "noeviction":
+        return [
+            note(
+                "redis",
+                f"{detail}; maxmemory-policy {info.evicts}: it may throw tickets away",
+                "set maxmemory-policy noeviction (docs/redis.md)",
+            )
+        ]
     if info.latency_s > SLOW_REDIS_S:
         return [note("redis", detail, "every call waits for one or two of these: bring Redis nearer to the apps")]
     return [ok("redis", detail)]
@@ -259,6 +271,42 @@ def check_switch(settings: Settings) -> list[Finding]:
     return [note("switch", detail, "back to normal: `maestro switch on`")]
 
 
+def check_clusters(settings: Settings) -> list[Finding]:
+    """Of several clusters, or of any that apps measure: what of each lives, and from where can it be reached?"""
+    from maestro_agents.cli.monitor import rtt
+    from maestro_agents.cli.snapshot import ClusterLine, cluster_lines
+    from maestro_agents.queue.redis import RedisClock, RedisQueue
+
+    async def look(url: str) -> Sequence[ClusterLine]:
+        queue, clock = RedisQueue(url, pool=settings.pool), RedisClock()
+        try:
+            await clock.sync(queue)
+            return cluster_lines(await queue.fleet(), await queue.ledger(), await queue.distances(), clock.now_s())
+        finally:
+            await queue.close()
+
+    try:
+        lines = asyncio.run(look(settings.redis_url)) if settings.redis_url else ()
+    except MaestroError:
+        return []  # said already, by check_redis
+    findings: list[Finding] = []
+    for line in lines:
+        far = ", ".join(f"{rtt(rtt_s)} from {site}" for site, rtt_s in sorted(line.rtts.items()))
+        detail = f"{line.engines} engine{'s' if line.engines != 1 else ''} alive, {far or 'measured from nowhere'}"
+        cut_off = [site for site, rtt_s in line.rtts.items() if not math.isfinite(rtt_s)]
+        if not line.engines:
+            findings.append(note(f"cluster {line.cluster}", detail, "its engines are dead or asleep: `maestro top`"))
+        elif cut_off:
+            remedy = f"apps of {', '.join(cut_off)} are served elsewhere: look at the network between"
+            findings.append(note(f"cluster {line.cluster}", detail, remedy))
+        elif not line.rtts and len(lines) > 1:
+            remedy = "set MAESTRO_SITE in the apps, or rtt_s in the fleet file"
+            findings.append(note(f"cluster {line.cluster}", detail, remedy))
+        else:
+            findings.append(ok(f"cluster {line.cluster}", detail))
+    return findings
+
+
 def check_model() -> list[Finding]:
     """Can the model of output lengths that ships be used?"""
     try:
@@ -305,6 +353,43 @@ async def _ask_engines(engines: Sequence[EngineSpec]) -> list[Finding]:
     return list(await asyncio.gather(*(ask(e) for e in engines)))
 
 
+def check_hints(engines: Sequence[EngineSpec]) -> list[Finding]:
+    """Does each engine, or the router in its place, serve first what it is told is due first? Sends calls to find out."""
+    from maestro_agents.hints import DIALECTS
+    from maestro_serving.urgency import NotAnsweredError, burst
+
+    findings: list[Finding] = []
+    for engine in engines:
+        dialect = DIALECTS[engine.hints]
+        words = ", ".join(f"{field} as {where}" for field, where in dialect.words.items()).replace("`", "")
+        name, said = f"hints {engine.engine_id}", f"{engine.hints}: {words or 'nothing'}; order: {dialect.order}"
+        if not dialect.words:
+            findings.append(ok(name, said))
+            continue
+        try:
+            found = asyncio.run(burst(engine))
+        except NotAnsweredError as e:
+            findings.append(broken(name, f"{said}. It answered {e}", "name what stands there: [[engine]] hints"))
+            continue
+        detail = f"{said}. {found.verdict}: of {found.late} calls due later, {found.before} were served before the urgent one"
+        match found.verdict:
+            case "as meant":
+                findings.append(ok(name, detail))
+            case "turned round":
+                findings.append(broken(name, detail, "another dialect stands there: correct [[engine]] hints"))
+            case "nothing waited":
+                findings.append(
+                    note(
+                        name,
+                        detail,
+                        f"does it run more than slots = {engine.slots} at a time? Correct slots, or try again",
+                    )
+                )
+            case _:
+                findings.append(note(name, detail, f"it needs {dialect.needs}".replace("`", "")))
+    return findings
+
+
 def check_seam() -> list[Finding]:
     """Is the OpenAI SDK as the gate needs it?"""
     try:
@@ -330,6 +415,7 @@ def examine(
     say: Callable[[str], None] = lambda _: None,
     *,
     models: Sequence[str] = (),
+    hints: bool = False,
     **overrides: str | None,
 ) -> list[Finding]:
     """All checks, in the order in which things stand on each other. ``say`` hears which is running."""
@@ -342,7 +428,10 @@ def examine(
         findings += check_redis(settings.redis_url) + check_switch(settings)
         say("engines")
         engines, more = check_fleet(fleet, settings)
-        findings += more + check_engines(engines) + check_models(models, fleet, settings)
+        findings += more + check_engines(engines) + check_models(models, fleet, settings) + check_clusters(settings)
+        if hints:
+            say("what engines make of hints")
+            findings += check_hints(engines)
     say("the predictor")
     findings += check_model()
     say("the OpenAI seam")
@@ -372,6 +461,13 @@ def run(
     model: Annotated[
         list[str] | None, typer.Option("--model", help="A model that your app calls: is it served? May be repeated.")
     ] = None,
+    hints: Annotated[
+        bool,
+        typer.Option(
+            "--hints",
+            help="Send each engine three times its slots in short calls: does it serve first what it is told is due first?",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     list_settings: Annotated[
         bool, typer.Option("--settings", help="List every setting and its meaning, and end.")
@@ -383,7 +479,7 @@ def run(
         console.print(settings_table())
         return
     if as_json:
-        findings = examine(fleet, models=model or (), redis_url=redis_url, pool=pool)
+        findings = examine(fleet, models=model or (), hints=hints, redis_url=redis_url, pool=pool)
         print(json.dumps({"ok": not any_broken(findings), "checks": [asdict(f) for f in findings]}, indent=2))
     else:
         with console.status("looking") as status:
@@ -391,6 +487,7 @@ def run(
                 fleet,
                 lambda what: status.update(f"looking at {what}"),
                 models=model or (),
+                hints=hints,
                 redis_url=redis_url,
                 pool=pool,
             )

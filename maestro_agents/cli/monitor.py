@@ -23,6 +23,7 @@ from rich.text import Text
 from maestro_agents.cli.snapshot import (
     HEADS,
     AgeingLine,
+    ClusterLine,
     EngineLine,
     Entry,
     Line,
@@ -36,8 +37,8 @@ from maestro_agents.cli.snapshot import (
 from maestro_agents.core import Status
 from maestro_agents.errors import ConfigError, QueueUnavailable
 from maestro_agents.ports import Queue
-from maestro_agents.queue.embedded import without_password
 from maestro_agents.queue.redis import RedisClock, RedisQueue
+from maestro_agents.redis_url import without_password
 from maestro_agents.settings import Settings
 
 SHOWN_ID: Final = 12
@@ -64,7 +65,10 @@ def render(snapshot: Snapshot, *, height: int = 1_000) -> RenderableType:
     runs = _runs_table(snapshot.runs)
     # The title, three headings, two blank lines, what waits in all, and "more" below each of the two long tables.
     ageing = _ageing_lines(snapshot.ageing)
-    room = max(4, height - 9 - max(1, len(snapshot.runs)) - len(ageing))
+    clusters = _clusters_table(snapshot.clusters)
+    room = max(
+        4, height - 9 - max(1, len(snapshot.runs)) - len(ageing) - (len(clusters) and len(snapshot.clusters) + 2)
+    )
     lines = snapshot.lines
     show_lines = min(len(lines), max(room // 2, room - len(snapshot.engines)))
     show_engines = min(len(snapshot.engines), room - show_lines)
@@ -77,6 +81,7 @@ def render(snapshot: Snapshot, *, height: int = 1_000) -> RenderableType:
     parts += [Text(""), _engines_table(snapshot.engines[:show_engines])]
     if len(snapshot.engines) > show_engines:
         parts.append(Text(f" … {len(snapshot.engines) - show_engines} more engines", style="dim"))
+    parts += clusters
     parts += ageing
     return Group(*parts, Text(""), runs)
 
@@ -117,6 +122,24 @@ def _engines_table(engines: Sequence[EngineLine]) -> Table:
             str(e.draining) if e.draining else "-",
         )
     return table
+
+
+def _clusters_table(clusters: Sequence[ClusterLine]) -> list[RenderableType]:
+    """What of each cluster lives, and how far it is."""
+    if not clusters:
+        return []
+    table = _table("<cluster", "engines", "slots", "<there and back, from each site")
+    for c in clusters:
+        known = [f"{site} {rtt(rtt_s)}" for site, rtt_s in sorted(c.rtts.items())]
+        told = ", ".join(known) or f"{rtt(c.file_rtt_s)} (fleet file)"
+        style = "" if c.engines and all(map(math.isfinite, c.rtts.values())) else "yellow"
+        table.add_row(c.cluster, str(c.engines), f"{c.reserved_slots}/{c.slots}", told, style=style)
+    return [Text(""), table]
+
+
+def rtt(seconds: float) -> str:
+    """A round trip for people."""
+    return f"{1e3 * seconds:.1f} ms" if math.isfinite(seconds) else "unreachable"
 
 
 def _ageing_lines(ageing: Sequence[AgeingLine]) -> list[RenderableType]:
@@ -208,7 +231,7 @@ def top(
                 live.update(render(await watch.snapshot(), height=console.height), refresh=True)
                 await asyncio.sleep(interval)
 
-    _with_queue(redis_url, pool, look)
+    with_queue(redis_url, pool, look)
 
 
 def _print_snapshot(console: Console, snapshot: Snapshot, *, as_json: bool) -> None:
@@ -239,7 +262,7 @@ def list_stages(
         if len(held) > limit:
             print(f"... {len(held) - limit} more: --limit {len(held)} shows all")
 
-    _with_queue(redis_url, pool, look)
+    with_queue(redis_url, pool, look)
 
 
 @queue_app.command("show")
@@ -265,7 +288,7 @@ def show_stage(
             table.add_row("because", f"{sum_s} = {sum(because.values()):.3f} s")
         Console().print(table)
 
-    _with_queue(redis_url, pool, look)
+    with_queue(redis_url, pool, look)
 
 
 @queue_app.command("cancel")
@@ -285,10 +308,10 @@ def cancel_stage(
         done = {"stage_id": stage_id, "status": Status.REFUSED.value}
         print(json.dumps(done) if as_json else f"{stage_id} is withdrawn.")
 
-    _with_queue(redis_url, pool, act)
+    with_queue(redis_url, pool, act)
 
 
-def _with_queue(
+def with_queue(
     redis_url: str | None,
     pool: str | None,
     act: Callable[[Queue, Callable[[], float], str], Awaitable[None]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import logging
@@ -19,7 +20,7 @@ import typer
 from maestro_agents.errors import ConfigError, QueueUnavailable
 from maestro_agents.fleet import Fleet, load_fleet
 from maestro_agents.nodes import EngineReport, NodeReport, Tier
-from maestro_agents.queue.embedded import ping, without_password
+from maestro_agents.redis_url import without_password
 from maestro_agents.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ def run(
             "(docs/security.md), e.g. 0.0.0.0:9000. Default: engines are on loopback.",
         ),
     ] = "",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics", metavar="HOST:PORT", help="Serve /metrics, /healthz and /readyz there, e.g. 0.0.0.0:9109."
+        ),
+    ] = "",
     status: Annotated[bool, typer.Option("--status", help="Run nothing: show what all nodes report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --status: for machines.")] = False,
 ) -> None:
@@ -67,8 +74,10 @@ def run(
     if url is None:
         raise ConfigError("which Redis? Give --redis-url, [redis] url in the fleet file, or MAESTRO_REDIS_URL")
     name = pool or (whole.pool if whole else settings.pool)
+    from maestro_agents.queue.redis import reach
+
     try:
-        ping(url)
+        reach(url, pool=name)
     except QueueUnavailable as e:
         raise QueueUnavailable(f"{e}. Start it, or let `maestro up` bring one along") from None
     if status:
@@ -82,7 +91,7 @@ def run(
     folder = state.resolve() / node_id
     with _alone(folder):
         proxy = _proxy(listen, settings, url, name, folder) if listen else None
-        asyncio.run(_serve(path, node_id, url, name, folder, proxy))
+        asyncio.run(_serve(path, node_id, url, name, folder, proxy, metrics))
 
 
 def _only(fleet: Fleet, path: Path) -> str:
@@ -123,7 +132,9 @@ def _proxy(listen: str, settings: Settings, url: str, pool: str, folder: Path) -
     return Proxy(listen=where, key=key, folder=folder / "proxy")
 
 
-async def _serve(path: Path, node_id: str, url: str, pool: str, folder: Path, proxy: Proxy | None) -> None:
+async def _serve(
+    path: Path, node_id: str, url: str, pool: str, folder: Path, proxy: Proxy | None, metrics: str
+) -> None:
     from maestro_agents.queue.redis import RedisClock, RedisQueue
     from maestro_serving.drivers import Driver, NodeEngine, NodeGpu
     from maestro_serving.emulated_driver import EmulatedGpus
@@ -153,6 +164,7 @@ async def _serve(path: Path, node_id: str, url: str, pool: str, folder: Path, pr
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, told, number)
+    told_of = contextlib.AsyncExitStack()
     try:
         await clock.sync(queue)
         log.info(
@@ -162,6 +174,11 @@ async def _serve(path: Path, node_id: str, url: str, pool: str, folder: Path, pr
         if proxy is not None:
             await proxy.start()
         agent = Node(host, queue, clock=clock, driver_of=driver_of, state=folder, proxy=proxy)
+        if metrics:
+            from maestro_serving.health import NodeMetrics, telling
+
+            found = NodeMetrics(agent)
+            await told_of.enter_async_context(telling(metrics, found.unready, found))
         work = asyncio.ensure_future(agent.run())
         ending = asyncio.ensure_future(end.wait())
         await asyncio.wait([work, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -181,6 +198,7 @@ async def _serve(path: Path, node_id: str, url: str, pool: str, folder: Path, pr
         if crashed:
             work.result()
     finally:
+        await told_of.aclose()
         await queue.close()
 
 

@@ -18,7 +18,7 @@ import typer
 
 from maestro_agents.errors import ConfigError, QueueUnavailable
 from maestro_agents.fleet import Fleet, load_fleet
-from maestro_agents.queue.embedded import ping, without_password
+from maestro_agents.redis_url import without_password
 from maestro_agents.settings import Settings
 
 log = logging.getLogger("maestro")
@@ -31,6 +31,12 @@ def scheduler(
     ] = None,
     pool: Annotated[str | None, typer.Option("--pool", help="Default: that of the fleet file.")] = None,
     policy: Annotated[str, typer.Option("--policy", help="The order of stages: `ours`, or a baseline.")] = "ours",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics", metavar="HOST:PORT", help="Serve /metrics, /healthz and /readyz there, e.g. 0.0.0.0:9109."
+        ),
+    ] = "",
 ) -> None:
     """Run the scheduler of a pool. One leads, further ones stand by and take over when it dies."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -45,14 +51,16 @@ def scheduler(
         raise ConfigError("which Redis? Give --redis-url, [redis] url in the fleet file, or MAESTRO_REDIS_URL")
     whole.running()
     check_policy(policy)
+    from maestro_agents.queue.redis import reach
+
     try:
-        ping(url)
+        reach(url, pool=pool or whole.pool)
     except QueueUnavailable as e:
         raise QueueUnavailable(f"{e}. Start it, or let `maestro up` bring one along") from None
-    until_stopped(_schedule(whole, url, pool or whole.pool, policy, settings))
+    until_stopped(_schedule(whole, url, pool or whole.pool, policy, settings, metrics))
 
 
-async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Settings) -> None:
+async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Settings, metrics: str) -> None:
     from maestro_agents.policy import LIVE
     from maestro_agents.predict.live import Learner, default_model
     from maestro_agents.queue.redis import RedisClock, RedisQueue
@@ -68,7 +76,7 @@ async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Se
     try:
         await clock.sync(queue)
         log.info("pool %s, %d engines, Redis at %s, policy %s", pool, len(fleet.engines), without_password(url), policy)
-        await Scheduler(
+        found = Scheduler(
             queue,
             fleet.running(),
             clock=clock,
@@ -78,7 +86,15 @@ async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Se
             predictor=Learner(default_model(), retrain=settings.retrain),
             lease_s=settings.lease_s,
             key=key,
-        ).run()
+            tenants=fleet.tenants,
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            if metrics:
+                from maestro_serving.health import SchedulerMetrics, telling
+
+                said = SchedulerMetrics(found)
+                await stack.enter_async_context(telling(metrics, said.unready, said))
+            await found.run()
     finally:
         await probe.close()
         await queue.close()

@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from maestro_agents.core import (
@@ -20,9 +20,12 @@ from maestro_agents.core import (
     Switch,
     Ticket,
 )
+from maestro_agents.distance import by_cluster
 from maestro_agents.errors import ConfigError, QueueUnavailable
 from maestro_agents.nodes import NodeReport
-from maestro_agents.ports import Ledger, Queue, Reservation, Running
+from maestro_agents.policy.quota import Use, may_start
+from maestro_agents.ports import Distance, Ledger, Queue, Reservation, Running
+from maestro_agents.tenants import Tenant
 
 HEADS: Final = 1_000
 """Waiting stages read per model; beyond it the depth is still right, the split by class is of these."""
@@ -64,6 +67,21 @@ class EngineLine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterLine:
+    """One cluster: what of it lives, and how far it is from where apps are."""
+
+    cluster: str
+    #: That take stages now; those that are dead, or asleep, are not in the fleet that is published.
+    engines: int
+    slots: int
+    reserved_slots: int
+    #: Site -> seconds there and back as measured lately; inf: it cannot be reached from there.
+    rtts: Mapping[str, float]
+    #: What the fleet file says, for sites that have not measured.
+    file_rtt_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AgeingLine:
     """An engine whose memory grows: the evidence, and when it is full at the earliest (`policy.ageing`)."""
 
@@ -97,12 +115,16 @@ class Snapshot:
     depth: Mapping[str, int]
     lines: tuple[Line, ...] = ()
     engines: tuple[EngineLine, ...] = ()
+    #: Empty where there is one cluster, and nobody measures how far it is.
+    clusters: tuple[ClusterLine, ...] = ()
     runs: tuple[RunLine, ...] = ()
     #: The most pressing first.
     ageing: tuple[AgeingLine, ...] = ()
     trouble: str = ""
     #: What the pool's switch says, where that is not ``on``; empty else.
     switch: str = ""
+    #: Tenants that hold as much as they may: their stages wait for that, whatever room there is. Tenant -> the limit.
+    at_quota: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; a number that is not known is null."""
@@ -162,8 +184,10 @@ class Watch:
                 for service_class in ServiceClass
             ),
             engines=engine_lines(specs, await queue.ledger(), await queue.draining()),
+            clusters=cluster_lines(specs, await queue.ledger(), await queue.distances(), self._now_s()),
             ageing=ageing_lines(await queue.reports(self._now_s())),
             switch=switch_line(await queue.switch()),
+            at_quota=at_quota(await queue.tenants(), running),
             runs=tuple(run_line(service_class, ended) for service_class, ended in self._runs.items() if ended),
         )
 
@@ -205,6 +229,16 @@ def switch_line(switch: Switch) -> str:
     return f"switch {switch.mode}{f' ({told})' if told else ''}"
 
 
+def at_quota(tenants: Sequence[Tenant], running: Sequence[Running]) -> dict[str, str]:
+    """Tenants with no stage or no KV memory left to them, and which of the two. Tokens of a minute the leader alone counts."""
+    used: dict[str, Use] = {}
+    for r in running:
+        had = used.get(r.ticket.tenant, Use())
+        used[r.ticket.tenant] = Use(stages=had.stages + 1, kv_bytes=had.kv_bytes + r.kv_bytes)
+    limits = {name: left.lacks(kv_bytes=1, tokens=0) for name, left in may_start(tenants, used).items()}
+    return {name: limit for name, limit in limits.items() if limit}
+
+
 def engine_lines(
     specs: Sequence[EngineSpec], ledger: Ledger, draining: Sequence[Reservation]
 ) -> tuple[EngineLine, ...]:
@@ -221,6 +255,28 @@ def engine_lines(
             draining=drains[s.engine_id],
         )
         for s in sorted(specs, key=lambda s: s.engine_id)
+    )
+
+
+def cluster_lines(
+    specs: Sequence[EngineSpec], ledger: Ledger, distances: Sequence[Distance], now_s: float
+) -> tuple[ClusterLine, ...]:
+    """The clusters that have engines, or that some site measures. Nothing where there is nothing to tell apart."""
+    rtts = by_cluster(distances, now_s)
+    names = sorted({s.cluster for s in specs} | rtts.keys())
+    if len(names) < 2 and not rtts:
+        return ()
+    here = {name: [s for s in specs if s.cluster == name] for name in names}
+    return tuple(
+        ClusterLine(
+            cluster=name,
+            engines=len(there),
+            slots=sum(s.slots for s in there),
+            reserved_slots=sum(ledger.slots.get(s.engine_id, 0) for s in there),
+            rtts=rtts.get(name, {}),
+            file_rtt_s=max((s.rtt_s for s in there), default=0.0),
+        )
+        for name, there in here.items()
     )
 
 
@@ -290,8 +346,10 @@ async def find(queue: Queue, stage: str) -> dict[str, Any]:
 
     Raises `ConfigError` for neither.
     """
-    if entry := named(await entries(queue), stage):
-        return entry.to_json()
+    if entry := named(held := await entries(queue), stage):
+        full = {} if entry.lease else at_quota(await queue.tenants(), [e.lease for e in held if e.lease])
+        limit = full.get(entry.ticket.tenant)
+        return {**entry.to_json(), **({"waits_for": f"tenant quota ({limit})"} if limit else {})}
     after, at = "-", ""
     while at != after:
         after = at

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeVar
 
 import typer
 from rich.console import Console
@@ -30,13 +30,17 @@ from maestro_agents import guard
 from maestro_agents.cli.serve import check_policy
 from maestro_agents.core import EngineSpec
 from maestro_agents.errors import ConfigError, EngineUnavailable, MaestroError, QueueUnavailable
-from maestro_agents.fleet import Fleet, load_fleet, write_fleet
+from maestro_agents.fleet import Fleet, load_fleet, load_tables, write_fleet
 from maestro_agents.ports import Queue
-from maestro_agents.queue.embedded import EmbeddedRedis, ping
+from maestro_agents.queue.embedded import EmbeddedRedis
 from maestro_agents.settings import Settings
+from maestro_agents.tokens import EngineKey
 from maestro_serving.node import DRAIN_S
 from maestro_serving.processes import GRACE_S, EngineProcess, engine_command, free_port, kept_pid
 from maestro_serving.vllm import VllmProbe
+
+if TYPE_CHECKING:
+    from maestro_serving.ray_nodes import RayNodes
 
 FIRST_BACKOFF_S: Final = 0.5
 LAST_BACKOFF_S: Final = 30.0
@@ -46,6 +50,10 @@ STABLE_S: Final = 60.0
 LOOK_EVERY_S: Final = 0.1
 SCHEDULER_START_S: Final = 30.0
 
+RAY_LOOK_S: Final = 1.0
+RAY_PATIENCE_S: Final = 10.0
+"""A node for which Ray has found no machine in this time is not waited for: it comes when there is one."""
+
 T = TypeVar("T")
 
 
@@ -53,7 +61,8 @@ class Stack:
     """The processes of one pool. Methods block and may be called from any thread; ``notice`` is told what happens.
 
     ``redis_url``: use that Redis instead of starting one. ``keep``: start again what dies. ``appendonly``: an embedded
-    Redis remembers over a restart. ``logs``: where the processes' output goes; a temporary folder where None.
+    Redis remembers over a restart. ``logs``: where the processes' output goes; a temporary folder where None. ``ray``: the
+    address of a Ray cluster that places the nodes of the fleet; here where None.
     ``on_ready``: told ``(part, detail)`` when a part is ready.
     """
 
@@ -66,6 +75,7 @@ class Stack:
         logs: Path | None = None,
         appendonly: bool = False,
         keep: bool = True,
+        ray: str | None = None,
         notice: Callable[[str], None] = lambda _line: None,
         on_ready: Callable[[str, str], None] = lambda _part, _detail: None,
     ) -> None:
@@ -79,8 +89,10 @@ class Stack:
         self._redis = EmbeddedRedis(redis_url or fleet.redis_url, appendonly=appendonly)
         self._engines: dict[str, EngineProcess] = {}
         self._nodes: dict[str, guard.Guarded] = {}
+        self._ray_address = ray
+        #: The nodes, where Ray has them.
+        self.ray: RayNodes | None = None
         self._scheduler: guard.Guarded | None = None
-        self._scheduler_command: list[str] = []
         self._lock = threading.RLock()  # between a keeper that starts things again and a caller that restarts them
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="maestro-stack", daemon=True)
@@ -103,7 +115,7 @@ class Stack:
     @property
     def engines(self) -> tuple[EngineSpec, ...]:
         """The fleet as it runs; of the engines of nodes, which come and go (`maestro node --status`), those that serve now."""
-        return (*self.fleet.running(), *(self._call(self._serving()) if self._nodes else ()))
+        return (*self.fleet.running(), *(self._call(self._serving()) if self.fleet.nodes else ()))
 
     def pids(self) -> dict[str, int]:
         """The processes that run now, by part."""
@@ -136,19 +148,11 @@ class Stack:
             self.fleet = dataclasses.replace(self.fleet, pool=pool)
             self._move_nodes()
         self.policy = policy or self.policy
-        fleet_file = self.fleet.file
-        if fleet_file is None:
-            fleet_file = self.logs / "fleet.toml"
-            write_fleet(dataclasses.replace(self.fleet, redis_url=None), fleet_file)
         with self._lock:
             first, previous = self._scheduler is None, self._scheduler
-            self._scheduler_command = [
-                *(sys.executable, "-m", "maestro_agents.cli", "scheduler", "--redis-url", self.redis_url),
-                *("--fleet", str(fleet_file), "--policy", self.policy, "--pool", self.fleet.pool),
-            ]
             if previous is not None:
                 previous.stop()
-            self._scheduler = self._spawn_scheduler()
+            self._scheduler = self.spawn_scheduler()
         self._call(self._scheduler_leads())
         self._on_ready("scheduler", f"pool {self.fleet.pool}, policy {self.policy}")
         if first and self.keep:
@@ -169,6 +173,8 @@ class Stack:
             ender.start()
         for ender in enders:
             ender.join()
+        if self.ray is not None:
+            self.ray.stop()
         if self._thread.is_alive():
             with contextlib.suppress(Exception):
                 self._call(self._stop_engines())
@@ -225,8 +231,10 @@ class Stack:
         self._redis.start()
         if self._redis.url is None:
             raise ConfigError("no Redis server is here to start: install redis-server, or give the URL of one")
+        from maestro_agents.queue.redis import reach
+
         try:
-            ping(self._redis.url)
+            reach(self._redis.url, pool=self.fleet.pool)
         except QueueUnavailable as e:
             raise QueueUnavailable(f"{e}. Start it, or name none: then one is started here") from None
         self._on_ready("redis", self._redis.explain())
@@ -277,6 +285,9 @@ class Stack:
 
     def _start_nodes(self) -> None:
         """Start the nodes' agents; each starts its own engines. One that ends before it has reported could never run."""
+        if self._ray_address is not None:
+            self._start_on_ray(self._ray_address)
+            return
         for node_id in self.fleet.nodes:
             with self._lock:
                 self._nodes[node_id] = self._spawn_node(node_id)
@@ -285,6 +296,38 @@ class Stack:
         for node_id in self.fleet.nodes if self.keep else ():
             alive = functools.partial(self._node_alive, node_id)
             self._keep_alive(self._keep(f"node {node_id}", alive, functools.partial(self._node_again, node_id)))
+
+    def _start_on_ray(self, address: str) -> None:
+        """Let Ray place the nodes' agents. One that finds no place is left waiting for it."""
+        from maestro_serving.ray_nodes import RayNodes
+
+        if self.fleet.file is None:
+            raise ConfigError("--ray places the nodes of a fleet file with [[gpu]]: this one has none")
+        settings = Settings.load()
+        key = EngineKey.of(settings, pool=self.fleet.pool) and settings.engine_key_file
+        self.ray = RayNodes(
+            load_tables(self.fleet.file),
+            address=address,
+            redis_url=self.redis_url,
+            pool=self.fleet.pool,
+            engine_key=key.read_text(encoding="utf-8").strip() if key else "",
+        )
+        self.ray.start()
+        self._call(self._nodes_report())
+        if self.keep:
+            self._keep_alive(self._tell_of_ray(self.ray))
+
+    async def _tell_of_ray(self, ray: RayNodes) -> None:
+        """Say which machines and nodes come and go, until cancelled."""
+        said = ""
+        while True:
+            try:
+                for line in await asyncio.to_thread(ray.news):
+                    self._notice(line)
+            except Exception as e:  # Ray's own errors have no root of ours, and it may come back
+                if not self._stopped and said != (said := f"Ray does not answer: {e}".splitlines()[0]):
+                    self._notice(said)
+            await asyncio.sleep(RAY_LOOK_S)
 
     def _spawn_node(self, node_id: str) -> guard.Guarded:
         command = [
@@ -320,6 +363,7 @@ class Stack:
 
         queue = RedisQueue(self.redis_url, pool=self.fleet.pool)
         left = set(self.fleet.nodes)
+        began_s = time.monotonic()
         try:
             while left:
                 for report in await queue.reports(await queue.server_time_s()):
@@ -333,7 +377,14 @@ class Stack:
                     self._on_ready(
                         f"node {report.node_id}", f"{', '.join(awake) or 'no engine'} of {len(report.engines)}"
                     )
-                for node_id in left:
+                if self.ray is not None:
+                    for node_id, placed in (await asyncio.to_thread(self.ray.look)).items():
+                        if node_id in left and placed.ended:
+                            raise EngineUnavailable(f"node {node_id} {placed.words()}")
+                        if node_id in left and not placed.ray_node and time.monotonic() > began_s + RAY_PATIENCE_S:
+                            left.discard(node_id)
+                            self._on_ready(f"node {node_id}", placed.words())
+                for node_id in left if self.ray is None else ():
                     if not self._node_alive(node_id):
                         raise EngineUnavailable(f"node {node_id} ended: {self._last_words(f'node-{node_id}.log')}")
                 await asyncio.sleep(LOOK_EVERY_S)
@@ -350,8 +401,17 @@ class Stack:
             await queue.close()
         return [e.spec for report in reports for e in report.engines if e.tier == e.to == "gpu"]
 
-    def _spawn_scheduler(self) -> guard.Guarded:
-        return guard.spawn(self._scheduler_command, log=self.logs / "scheduler.log", env=_environment())
+    def spawn_scheduler(self, name: str = "scheduler") -> guard.Guarded:
+        """A scheduler of this pool, its output in ``NAME.log``: where one leads already, a standby. Its caller ends it."""
+        fleet_file = self.fleet.file
+        if fleet_file is None:
+            fleet_file = self.logs / "fleet.toml"
+            write_fleet(dataclasses.replace(self.fleet, redis_url=None), fleet_file)
+        command = [
+            *(sys.executable, "-m", "maestro_agents.cli", "scheduler", "--redis-url", self.redis_url),
+            *("--fleet", str(fleet_file), "--policy", self.policy, "--pool", self.fleet.pool),
+        ]
+        return guard.spawn(command, log=self.logs / f"{name}.log", env=_environment())
 
     async def _scheduler_leads(self) -> None:
         """Wait until the scheduler has published the fleet."""
@@ -388,7 +448,7 @@ class Stack:
     def _scheduler_again(self) -> None:
         if self._scheduler is not None:
             self._scheduler.stop()
-        self._scheduler = self._spawn_scheduler()
+        self._scheduler = self.spawn_scheduler()
 
     async def _keep(self, part: str, alive: Callable[[], bool], again: Callable[[], None]) -> None:
         """Start a part again whenever it died, later each time, until cancelled."""
@@ -461,11 +521,20 @@ def run(
     ] = None,
     logs: Annotated[Path, typer.Option("--logs", help="Folder for what the processes say.")] = Path("maestro-logs"),
     policy: Annotated[str, typer.Option("--policy", help="The order of stages: `ours`, or a baseline.")] = "ours",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Let a Ray cluster place the nodes (docs/ray.md): `auto`, HOST:PORT, or `local` to try it. Default: all here.",
+        ),
+    ] = None,
 ) -> None:
     """Start Redis, engines and the scheduler, and start again what dies. Ctrl-C ends them all.
 
     Engines with [engine.launch] are started, engines with a url are used as they are. A fleet of [[gpu]] has a node agent
-    started for each of its nodes, here. The engines and the embedded Redis listen on this machine only.
+    started for each of its nodes, here, or by --ray on the machines of a Ray cluster. The embedded Redis listens on this machine only,
+    and so do engines that are started here.
     """
     console = Console(highlight=False)
     settings = Settings.load(redis_url=redis_url)
@@ -484,7 +553,7 @@ def run(
         def ready(part: str, detail: str) -> None:
             bars.update(tasks[part], description=f"{part}: {detail}", completed=1)
 
-        stack = Stack(whole, redis_url=url, policy=policy, logs=logs, notice=console.print, on_ready=ready)
+        stack = Stack(whole, redis_url=url, policy=policy, logs=logs, notice=console.print, on_ready=ready, ray=ray)
         try:
             stack.start()
         except KeyboardInterrupt:

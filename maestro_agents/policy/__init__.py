@@ -1,7 +1,7 @@
 """What to do next: pure functions from a snapshot to a plan. No clock, no socket, no log; ``now_s`` is an argument.
 
 The live scheduler and the simulator call `plan` alike. `priority` gives each stage its moment (`fairness`: between
-tenants), `admission` says who may start, `routing` where; `placement` which models are awake on which GPUs.
+tenants), `admission` says who may start (`quota`: of a tenant), `routing` where; `placement` which models are awake on which GPUs.
 `baselines`: what ours is compared with.
 """
 
@@ -19,6 +19,7 @@ from maestro_agents.policy import admission, baselines, placement, priority, rou
 from maestro_agents.policy.admission import Reserve
 from maestro_agents.policy.placement import Place
 from maestro_agents.policy.priority import Order
+from maestro_agents.policy.quota import Left
 from maestro_agents.policy.routing import Cost
 
 __all__ = ["LIVE", "OURS", "POLICIES", "Knows", "Order", "Place", "Plan", "Policy", "Snapshot", "plan"]
@@ -52,6 +53,11 @@ class Policy:
     reserve: Reserve = admission.reserved_output_tokens
     place: Place = placement.by_value
     knows: Knows = Knows.PREDICTED
+
+    @property
+    def chooses(self) -> bool:
+        """It routes otherwise than ours, so that no stage may be placed without it: not even on the fast path."""
+        return self.cost is not routing.cost
 
 
 OURS: Final = Policy()
@@ -98,6 +104,10 @@ class Snapshot:
     engines: Sequence[EngineState]
     #: (stage id, engine id) -> prompt tokens that the engine is expected to have in its prefix cache.
     cached_tokens: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    #: What of each limited tenant may still start.
+    quotas: Mapping[str, Left] = field(default_factory=dict[str, Left])
+    #: Every engine is there, dead ones too. The simulator shows those with room.
+    complete: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,10 +118,14 @@ class Plan:
     refusals: list[tuple[Ticket, Refusal]] = field(default_factory=list[tuple[Ticket, Refusal]])
     #: model -> stage id -> new moment.
     moments: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    #: Stages that wait for nothing but their tenant's quota: stage id -> the limit.
+    over_quota: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def plan(snapshot: Snapshot, policy: Policy, *, epoch: int, now_s: float) -> Plan:
     """Order the waiting stages, then give each, in that order, the best engine that has room.
+
+    What a tenant's quota holds back, others go past; stages of that tenant do not, so that a large one has its turn.
 
     Cost: O(tickets x log tickets + stages that find a free slot x engines of the model).
     """
@@ -130,21 +144,44 @@ def plan(snapshot: Snapshot, policy: Policy, *, epoch: int, now_s: float) -> Pla
             result.moments.setdefault(ticket.model, {})[ticket.stage_id] = moment
         due.append((moment, ticket.stage_id, ticket))
     held: set[str] = set()
-    full: set[str] = set()  # models
+    full: set[tuple[str, str, str]] = set()  # model, and what else decides which of its engines a stage may use
+    quotas = dict(snapshot.quotas)
+    stopped: dict[str, str] = {}  # tenant -> the limit that it is at
     for moment, _, ticket in sorted(due, key=lambda d: d[:2]):
-        if ticket.model in full and not ticket.nested:
+        kind = (ticket.model, ticket.tenant, ticket.site)
+        if kind in full and not ticket.nested:
+            continue
+        if ticket.tenant in stopped and not ticket.nested:
+            result.over_quota[ticket.stage_id] = stopped[ticket.tenant]
             continue
         prediction = snapshot.predictions[ticket.stage_id]
         places = candidates(ticket, engines.values())
         if not places:
+            if snapshot.complete and forbidden(ticket, engines.values()):
+                refusal = Refusal(stage_id=ticket.stage_id, reason="residency", retry_after_s=0.0)
+                result.refusals.append((ticket, refusal))
             continue
         tokens = policy.reserve(ticket, prediction)
-        needs = {e.spec.engine_id: admission.reservation_bytes(ticket, tokens, e) for e in places}
+        left = quotas.get(ticket.tenant)
+        most_bytes = 0 if left is None or ticket.nested else left.tenant.max_kv_bytes
+        needs = {e.spec.engine_id: admission.reservation_bytes(ticket, tokens, e, most_bytes) for e in places}
         if not any(admission.could_ever_fit(needs[e.spec.engine_id], e) for e in places):
             result.refusals.append(
                 (ticket, Refusal(stage_id=ticket.stage_id, reason="no engine fits", retry_after_s=0.0))
             )
             continue
+        if left is not None and not ticket.nested:
+            least_bytes = min(needs.values())
+            if left.forbids(kv_bytes=least_bytes, prompt_tokens=ticket.prompt_tokens):
+                result.refusals.append(
+                    (ticket, Refusal(stage_id=ticket.stage_id, reason="beyond quota", retry_after_s=0.0))
+                )
+                continue
+            counted = max(ticket.prompt_tokens + covered_tokens(ticket, tokens, e.spec) for e in places)
+            if limit := left.lacks(kv_bytes=least_bytes, tokens=counted):
+                result.over_quota[ticket.stage_id] = stopped[ticket.tenant] = limit
+                continue
+            places = [e for e in places if needs[e.spec.engine_id] <= left.kv_bytes]
         room = [
             e
             for e in places
@@ -153,7 +190,7 @@ def plan(snapshot: Snapshot, policy: Policy, *, epoch: int, now_s: float) -> Pla
         if not room:
             if not any(e.free_slots for e in places):
                 if not ticket.pinned_engine and not ticket.excluded_engines:
-                    full.add(ticket.model)
+                    full.add(kind)
             elif now_s - ticket.pushed_at_s > HOLD_AFTER_S:
                 held.update(e.spec.engine_id for e in places)
             continue
@@ -175,6 +212,9 @@ def plan(snapshot: Snapshot, policy: Policy, *, epoch: int, now_s: float) -> Pla
             because=costs[place],
         )
         result.grants.append((ticket, grant))
+        if left is not None:
+            used = ticket.prompt_tokens + grant.output_tokens
+            quotas[ticket.tenant] = left.after(kv_bytes=grant.kv_bytes, tokens=used)
         engines[place] = dataclasses.replace(
             best, reserved_slots=best.reserved_slots + 1, reserved_kv_bytes=best.reserved_kv_bytes + needs[place]
         )
@@ -192,6 +232,12 @@ def candidates(ticket: Ticket, engines: Iterable[EngineState]) -> list[EngineSta
     if pinned:
         return pinned
     return [e for e in live if e.spec.engine_id not in ticket.excluded_engines] or live
+
+
+def forbidden(ticket: Ticket, engines: Iterable[EngineState]) -> bool:
+    """Engines have the stage's model, dead or alive, and none of them may serve its tenant: waiting would not help."""
+    there = [e for e in engines if e.spec.model == ticket.model]
+    return bool(there) and not any(e.spec.serves(ticket) for e in there)
 
 
 def wire_priority(moment: float) -> int:

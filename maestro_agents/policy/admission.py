@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from maestro_agents.core import EngineState, Prediction, Ticket, kv_need_bytes
 
@@ -10,11 +11,31 @@ Reserve = Callable[[Ticket, Prediction], float]
 """(ticket, prediction) -> output tokens of each choice to promise KV memory for."""
 
 
-def reservation_bytes(ticket: Ticket, output_tokens: float, engine: EngineState) -> int:
-    """KV bytes to promise: prompt + ``output_tokens``. All of the engine's where only that guess is larger than it has."""
+RETURN_SLOTS: Final = 2
+"""Slots that are open at first on an engine that was dead and answers again."""
+
+RETURN_DOUBLES_S: Final = 1.0
+"""Seconds in which these double, until all are open."""
+
+
+def open_slots(slots: int, back_s: float) -> int:
+    """Of an engine's slots, those that are open once it has answered again for ``back_s`` seconds.
+
+    All that waited for it would go there at once: on cold caches, to a machine that has only just come up, or to one that
+    falls over again with everything it was given.
+    """
+    doublings = min(32, int(max(0.0, back_s) / RETURN_DOUBLES_S))
+    return min(slots, RETURN_SLOTS << doublings)
+
+
+def reservation_bytes(ticket: Ticket, output_tokens: float, engine: EngineState, most_bytes: int = 0) -> int:
+    """KV bytes to promise: prompt + ``output_tokens``. All of the engine's, or of its tenant's (``most_bytes``, 0: no limit), where
+    only that guess is larger than that.
+    """
     spec = engine.spec
     need = kv_need_bytes(ticket, output_tokens, spec)
-    return max(min(need, spec.kv_bytes), kv_need_bytes(ticket, 1, spec)) if spec.kv_bytes else need
+    bounds = [bound for bound in (spec.kv_bytes, most_bytes) if bound]
+    return max(min(need, *bounds), kv_need_bytes(ticket, 1, spec)) if bounds else need
 
 
 def reserved_output_tokens(ticket: Ticket, prediction: Prediction) -> float:

@@ -67,6 +67,24 @@ def prompt_blocks(body: Mapping[str, Any], salt: bytes) -> str:
     return base64.b64encode(b"".join(found)).decode()
 
 
+def conversation(body: Mapping[str, Any], salt: bytes) -> tuple[tuple[str, bytes], ...]:
+    """Of each message of a request, in order: its role, and a hash of the conversation up to and with it, keyed with ``salt``.
+
+    Where one request's conversation begins with all of another's, the last hash of that is among those of this.
+    """
+    source = body.get("messages")
+    if source is None:
+        source = body.get("input")
+    if isinstance(source, str):
+        source = [{"role": "user", "content": source}]
+    running = blake2b(_json(body.get("instructions")).encode("utf-8", "replace"), key=salt[:64], digest_size=16)
+    found: list[tuple[str, bytes]] = []
+    for message in cast("list[object]", source) if isinstance(source, list) else []:
+        running.update(_message(message).encode("utf-8", "replace"))
+        found.append((_role(message), running.digest()))
+    return tuple(found)
+
+
 def _parts(body: Mapping[str, Any]) -> Iterator[str | bytes]:
     yield str(body.get("cache_salt") or "")  # vLLM shares nothing between two of these
     source = body.get("messages")

@@ -212,6 +212,14 @@ def max_output_tokens(body: Mapping[str, Any]) -> int | None:
     return None
 
 
+def choices_asked(body: Mapping[str, Any]) -> int:
+    """Return how many answers are written beside each other: ``n`` of them, to each of a completion's prompts."""
+    n, prompts = body.get("n"), body.get("prompt")
+    texts = cast("list[object]", prompts) if isinstance(prompts, list) else []
+    several = len(texts) if texts and not isinstance(texts[0], int) else 1
+    return several * (n if type(n) is int and n > 0 else 1)
+
+
 def _messages(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     source = body.get("messages")
     if source is None:

@@ -58,10 +58,11 @@ class EngineSpeeds:
 
     _sums: dict[str, _Sums] = field(default_factory=dict[str, _Sums])
 
-    def observe(self, o: Observation, *, beside: int = 0) -> None:
-        """Take a finished stage, and how many others its engine had."""
-        if o.status is Status.DONE and o.output_tokens > 0 and o.service_s > 0:
-            self.add(o.engine_id, max(0, o.prompt_tokens - o.cached_tokens), o.choice_tokens, o.service_s, beside)
+    def observe(self, o: Observation, *, beside: int = 0, network_s: float = 0.0) -> None:
+        """Take a finished stage, how many others its engine had, and what of its time was the network's: routing adds that itself."""
+        served_s = o.service_s - min(network_s, 0.9 * o.service_s)
+        if o.status is Status.DONE and o.output_tokens > 0 and served_s > 0:
+            self.add(o.engine_id, max(0, o.prompt_tokens - o.cached_tokens), o.choice_tokens, served_s, beside)
 
     def add(self, engine_id: str, prompt_tokens: int, output_tokens: int, service_s: float, beside: int) -> None:
         """Take what one stage took: ``prompt_tokens`` that had to be computed."""

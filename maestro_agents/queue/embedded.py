@@ -16,16 +16,16 @@ import io
 import os
 import shutil
 import socket
-import ssl
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from maestro_agents import guard
 from maestro_agents.errors import QueueUnavailable
+from maestro_agents.redis_url import without_password
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -50,6 +50,10 @@ class RedisInfo:
     process_id: int
     #: Round trip of one PING.
     latency_s: float
+    #: What it is beside a single server, for people.
+    role: str = ""
+    #: Its maxmemory-policy, where it has a limit that it may come to.
+    evicts: str = "noeviction"
 
 
 def find_server() -> tuple[str, Kind] | None:
@@ -192,14 +196,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    parts = urlsplit(url)
-    return url.replace(parts.netloc, f"***@{parts.netloc.rpartition('@')[2]}", 1) if "@" in parts.netloc else url
-
-
 def ping(url: str, *, timeout_s: float = 3.0) -> RedisInfo:
-    """Ask the Redis at ``url`` who it is. Raises `QueueUnavailable` with the reason: no answer, no entry, no Redis."""
+    """Ask one server, without TLS, who it is. Raises `QueueUnavailable` with the reason: no answer, no entry, no Redis.
+
+    `redis.reach` asks any Redis, as the queue does.
+    """
     shown = without_password(url)
     try:
         with _connect(url, timeout_s) as s, s.makefile("rwb") as stream:
@@ -226,14 +227,7 @@ def _connect(url: str, timeout_s: float) -> socket.socket:
         s.settimeout(timeout_s)
         s.connect(parts.path)
         return s
-    host = parts.hostname or "127.0.0.1"
-    s = socket.create_connection((host, parts.port or 6379), timeout_s)
-    if parts.scheme != "rediss":
-        return s
-    context = ssl.create_default_context()
-    if parse_qs(parts.query).get("ssl_cert_reqs", [""])[0] in ("none", "CERT_NONE"):
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context.wrap_socket(s, server_hostname=host)
+    return socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 6379), timeout_s)
 
 
 def _ask(stream: io.BufferedRWPair[Any, Any], *words: str) -> str:

@@ -12,8 +12,8 @@ import functools
 import heapq
 import secrets
 import threading
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from types import CoroutineType
@@ -35,7 +35,19 @@ from maestro_agents.core import (
     move,
 )
 from maestro_agents.nodes import NodeReport, Wanted
-from maestro_agents.ports import MODEL_BYTES, MODELS_KEPT, Ledger, Renewal, Reservation, Running
+from maestro_agents.ports import (
+    MODEL_BYTES,
+    MODELS_KEPT,
+    NO_BACKLOG,
+    RETRY_FLOOR_S,
+    Backlog,
+    Distance,
+    Ledger,
+    Renewal,
+    Reservation,
+    Running,
+)
+from maestro_agents.tenants import Tenant
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -44,9 +56,8 @@ DEFAULT_P99_OUTPUT_TOKENS = 1024.0
 """Reserved for a role that was never seen, where the caller sets no bound."""
 
 LOG_LENGTH = 20_000
+SKIPPED_TOKENS = 1_000_000
 """Observations kept: what statistics are rebuilt from after a restart."""
-
-RETRY_FLOOR_S = 0.5
 
 
 def _alone(command: Callable[_P, Awaitable[_T]]) -> Callable[_P, CoroutineType[Any, Any, _T]]:
@@ -85,7 +96,8 @@ class MemoryQueue:
         self.log_length = log_length
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
-        self._ended: OrderedDict[str, Status] = OrderedDict()
+        #: How a stage ended, and whose it was.
+        self._ended: OrderedDict[str, tuple[Status, str]] = OrderedDict()
         self._ready: defaultdict[str, set[str]] = defaultdict(set)
         self._clients: dict[str, float] = {}
         self._inbox: defaultdict[str, deque[Verdict]] = defaultdict(deque)
@@ -100,11 +112,17 @@ class MemoryQueue:
         self._leader: tuple[str, float] | None = None
         self._engines: dict[str, EngineSpec] = {}
         self._p99: Mapping[str, float] = {}
+        self._tenants: dict[str, Tenant] = {}
+        self._backlog = NO_BACKLOG
+        self._usage: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._charged_to = ""
         self._credit_epoch = 0
         self._credits_until_s = 0.0
         self._specs: dict[str, str] = {}
         self._switch: Switch | None = None
+        self._api_keys: dict[str, str] = {}
         self._salt = secrets.token_bytes(16)
+        self._distances: dict[tuple[str, str], Distance] = {}
         self._models: dict[str, tuple[str, bytes]] = {}
         self._predictor_status = ""
         self._reports: dict[str, tuple[float, str]] = {}
@@ -116,13 +134,18 @@ class MemoryQueue:
         with self._lock:
             known = self._stages.get(ticket.stage_id)
             if known is not None or ticket.stage_id in self._ended:
-                return known.grant if known is not None else None
+                ours = known is not None and known.ticket.client_id == ticket.client_id
+                return known.grant if known is not None and ours else None
             self._clients[ticket.client_id] = now_s + self.lease_s
             if (grant := self._fast(ticket, engines, now_s)) is not None:
                 return grant
             waiting = self._ready[ticket.model]
             if len(waiting) >= self.max_queue:
-                return Refusal(stage_id=ticket.stage_id, reason="full", retry_after_s=RETRY_FLOOR_S)
+                return _later(ticket, "full", self._backlog.models.get(ticket.model, 0.0))
+            tenant = self._tenants.get(ticket.tenant)
+            most = 0 if tenant is None or ticket.nested else tenant.max_waiting
+            if most and self._waiting_of(ticket.tenant) >= most:
+                return _later(ticket, "quota", self._backlog.tenants.get(ticket.tenant, 0.0))
             self._stages[ticket.stage_id] = _Stage(ticket, Status.QUEUED)
             waiting.add(ticket.stage_id)
             self._wake.set()
@@ -136,7 +159,8 @@ class MemoryQueue:
             return self._fast(ticket, engines, now_s, priority) if ticket.client_id in self._clients else None
 
     def _fast(self, ticket: Ticket, engines: Sequence[EngineSpec], now_s: float, priority: int = 0) -> Grant | None:
-        if not ticket.nested and self._ready.get(ticket.model):
+        tenant = self._tenants.get(ticket.tenant)
+        if not ticket.nested and (self._ready.get(ticket.model) or (tenant is not None and tenant.metered)):
             return None
         spec = self._credit(ticket, engines, now_s)
         if spec is None:
@@ -211,6 +235,8 @@ class MemoryQueue:
         granted: list[str] = []
         for stage_id, token in stages.items():
             stage = self._stages.get(stage_id)
+            if stage is not None and stage.ticket.client_id != client_id:
+                stage = None
             if stage is not None and stage.grant is not None and token in (0, stage.grant.token):
                 stage.grant = dataclasses.replace(stage.grant, lease_until_s=now_s + self.lease_s)
                 if token == 0:
@@ -222,8 +248,13 @@ class MemoryQueue:
 
     @_alone
     async def announce(self, ticket: Ticket, grant: Grant | None, *, now_s: float) -> None:
-        if ticket.stage_id in self._stages or ticket.stage_id in self._ended:
+        known = self._stages.get(ticket.stage_id)
+        forgot_grant = known is not None and known.status is Status.QUEUED and grant is not None
+        if ticket.stage_id in self._ended or (known is not None and not forgot_grant):
             return
+        if known is not None and known.ticket.client_id != ticket.client_id:
+            return
+        self._ready[ticket.model].discard(ticket.stage_id)
         self._clients[ticket.client_id] = now_s + self.lease_s
         if grant is None:
             self._stages[ticket.stage_id] = _Stage(ticket, Status.QUEUED)
@@ -238,19 +269,19 @@ class MemoryQueue:
         )
 
     @_alone
-    async def finish(self, observation: Observation, *, token: int, now_s: float) -> bool:
+    async def finish(self, observation: Observation, *, client_id: str, token: int, now_s: float) -> bool:
         command = Command.FINISH if observation.status is Status.DONE else Command.FAIL
-        stage = self._held(observation.stage_id, token)
+        stage = self._held(observation.stage_id, client_id, token)
         if stage is None:
             return False
         self._end(stage, command)
         self._append(observation)
         return True
 
-    def finish_at_once(self, observation: Observation, *, token: int) -> bool:
+    def finish_at_once(self, observation: Observation, *, client_id: str, token: int) -> bool:
         """`finish` from any thread, where nobody waits for what it frees. False: nothing has happened."""
         with self._lock:
-            stage = self._held(observation.stage_id, token)
+            stage = self._held(observation.stage_id, client_id, token)
             if stage is None or any(self._ready.values()):
                 return False
             self._end(stage, Command.FINISH if observation.status is Status.DONE else Command.FAIL)
@@ -262,11 +293,12 @@ class MemoryQueue:
         with self._lock:
             self._append(run)
 
-    def _held(self, stage_id: str, token: int) -> _Stage | None:
+    def _held(self, stage_id: str, client_id: str, token: int) -> _Stage | None:
+        """The stage, where this client holds it under this token."""
         stage = self._stages.get(stage_id)
-        if stage is None or stage.status is not Status.GRANTED or stage.grant is None or stage.grant.token != token:
+        if stage is None or stage.status is not Status.GRANTED or stage.grant is None:
             return None
-        return stage
+        return stage if (stage.ticket.client_id, stage.grant.token) == (client_id, token) else None
 
     def _end(self, stage: _Stage, command: Command, *, drain_since_s: float | None = None) -> None:
         """Move a stage to its terminal status; free its reservation, or let it drain."""
@@ -276,7 +308,7 @@ class MemoryQueue:
         elif stage.grant is not None:
             self._return(stage.grant, drain_since_s)
         del self._stages[stage.ticket.stage_id]
-        self._ended[stage.ticket.stage_id] = to
+        self._ended[stage.ticket.stage_id] = (to, stage.ticket.client_id)
         if len(self._ended) > self.log_length:
             self._ended.popitem(last=False)
 
@@ -301,7 +333,7 @@ class MemoryQueue:
 
     @_alone
     async def requeue(self, ticket: Ticket, *, token: int, now_s: float, draining: bool) -> bool:
-        stage = self._held(ticket.stage_id, token)
+        stage = self._held(ticket.stage_id, ticket.client_id, token)
         if stage is None or stage.grant is None:
             return False
         self._return(stage.grant, now_s if draining else None)
@@ -311,17 +343,22 @@ class MemoryQueue:
         return True
 
     @_alone
-    async def cancel(self, stage_id: str, model: str, *, now_s: float, draining: bool) -> Status | None:
+    async def cancel(
+        self, stage_id: str, model: str, *, client_id: str | None, now_s: float, draining: bool
+    ) -> Status | None:
         stage = self._stages.get(stage_id)
         if stage is None:
-            return self._ended.get(stage_id)
+            status, owner = self._ended.get(stage_id, (None, client_id))
+            return status if client_id in (None, owner) else None
+        if client_id not in (None, stage.ticket.client_id):
+            return None
         before = stage.status
         self._end(stage, Command.CANCEL, drain_since_s=now_s if draining else None)
         return before
 
     @_alone
-    async def extend(self, stage_id: str, *, token: int, kv_bytes: int) -> bool | None:
-        stage = self._held(stage_id, token)
+    async def extend(self, stage_id: str, *, client_id: str, token: int, kv_bytes: int) -> bool | None:
+        stage = self._held(stage_id, client_id, token)
         if stage is None or stage.grant is None:
             return None
         engine_id, before = stage.grant.engine_id, stage.grant.kv_bytes
@@ -354,6 +391,24 @@ class MemoryQueue:
     async def fleet(self) -> Sequence[EngineSpec]:
         return tuple(self._engines.values())
 
+    async def tenants(self) -> Sequence[Tenant]:
+        return tuple(self._tenants.values())
+
+    async def add_api_key(self, digest: str, about: str) -> None:
+        self._api_keys[digest] = about
+
+    async def api_keys(self) -> Mapping[str, str]:
+        return dict(self._api_keys)
+
+    async def remove_api_key(self, digest: str) -> bool:
+        return self._api_keys.pop(digest, None) is not None
+
+    async def tell_distances(self, distances: Sequence[Distance]) -> None:
+        self._distances |= {(d.site, d.cluster): d for d in distances}
+
+    async def distances(self) -> Sequence[Distance]:
+        return tuple(self._distances.values())
+
     # -- the scheduler's side ----------------------------------------------------------------------------------------
     async def lead(self, holder: str, *, ttl_s: float, now_s: float, at_least: int = 0) -> int | None:
         if self._leader is not None and self._leader[0] != holder and self._leader[1] > now_s:
@@ -361,6 +416,7 @@ class MemoryQueue:
         if self._leader is None or self._leader[0] != holder:
             self._epoch += 1
         self._epoch = max(self._epoch, at_least)
+        self._fence += SKIPPED_TOKENS if at_least else 0
         self._leader = (holder, now_s + ttl_s)
         return self._epoch
 
@@ -374,19 +430,48 @@ class MemoryQueue:
 
     @_alone
     async def publish(
-        self, engines: Sequence[EngineSpec], *, p99: Mapping[str, float], epoch: int, valid_until_s: float
+        self,
+        engines: Sequence[EngineSpec],
+        *,
+        p99: Mapping[str, float],
+        epoch: int,
+        valid_until_s: float,
+        tenants: Sequence[Tenant] = (),
+        backlog: Backlog = NO_BACKLOG,
     ) -> bool:
         if epoch < self._epoch:
             return False
+        self._tenants, self._backlog = {t.name: t for t in tenants}, backlog
         self._engines = {e.engine_id: e for e in engines}
         self._p99 = {**self._p99, **p99}
         self._credit_epoch, self._credits_until_s = epoch, valid_until_s
         return True
 
     @_alone
-    async def heads(self, model: str, n: int) -> Sequence[Ticket]:
+    async def heads(self, model: str, n: int, *, at_most: Mapping[str, int] | None = None) -> Sequence[Ticket]:
         tickets = (self._stages[s].ticket for s in self._ready[model])
-        return heapq.nsmallest(n, tickets, key=lambda t: (t.due_at_s, t.stage_id))
+        if not at_most:
+            return heapq.nsmallest(n, tickets, key=_by_moment)
+        left, found = dict(at_most), list[Ticket]()
+        for ticket in sorted(tickets, key=_by_moment):
+            if not ticket.nested and ticket.tenant in left:
+                left[ticket.tenant] -= 1
+                if left[ticket.tenant] < 0:
+                    continue
+            elif n <= 0:
+                break
+            else:
+                n -= 1
+            found.append(ticket)
+        return found
+
+    @_alone
+    async def waiting(self, tenants: Collection[str]) -> Mapping[str, int]:
+        return {tenant: self._waiting_of(tenant) for tenant in tenants}
+
+    def _waiting_of(self, tenant: str) -> int:
+        waiting = (self._stages[s].ticket for stages in self._ready.values() for s in stages)
+        return sum(t.tenant == tenant and not t.nested for t in waiting)
 
     @_alone
     async def reorder(self, moments: Mapping[str, float], model: str) -> None:
@@ -462,6 +547,7 @@ class MemoryQueue:
                 kv_bytes=s.grant.kv_bytes,
                 granted_at_s=s.grant.granted_at_s,
                 lease_until_s=s.grant.lease_until_s,
+                output_tokens=s.grant.output_tokens,
                 because=s.grant.because,
             )
             for s in self._stages.values()
@@ -483,6 +569,21 @@ class MemoryQueue:
         unread = takewhile(lambda numbered: numbered[0] > start, reversed(self._log))  # most is read already
         found = list(unread)[: -n - 1 : -1]
         return (str(found[-1][0]) if found else after), tuple(e for _, e in found)
+
+    @_alone
+    async def charge(self, days: Mapping[str, Mapping[str, int]], *, after: str, to: str, epoch: int) -> bool:
+        if epoch < self._epoch or after != self._charged_to:
+            return False
+        for day, counters in days.items():
+            self._usage[day].update(counters)
+        self._charged_to = to
+        return True
+
+    async def charged_to(self) -> str:
+        return self._charged_to
+
+    async def usage(self, day: str) -> Mapping[str, int]:
+        return dict(self._usage.get(day, {}))
 
     @_alone
     async def publish_model(self, version: str, *, card: str, data: bytes | None, epoch: int | None) -> bool:
@@ -551,4 +652,12 @@ class MemoryQueue:
     def status(self, stage_id: str) -> Status | None:
         """The status of a stage, also of one that ended lately."""
         stage = self._stages.get(stage_id)
-        return stage.status if stage else self._ended.get(stage_id)
+        return stage.status if stage else self._ended.get(stage_id, (None, ""))[0]
+
+
+def _by_moment(ticket: Ticket) -> tuple[float, str]:
+    return ticket.due_at_s, ticket.stage_id
+
+
+def _later(ticket: Ticket, reason: str, after_s: float) -> Refusal:
+    return Refusal(stage_id=ticket.stage_id, reason=reason, retry_after_s=max(RETRY_FLOOR_S, after_s))

@@ -13,20 +13,28 @@ Keys of a pool (prefix ``maestro:{pool}:``), all under one hash tag so that Redi
     inbox:<client>  list    verdicts on their way to a client
     slots, kv       hash    engine -> what is reserved on it (granted and draining)
     draining        hash    <stage>#<token> -> "since kv engine": its stage ended, its engine may still compute
-    credits         hash    epoch, until, <engine>:slots, <engine>:kv: what the fast path may spend
+    credits         hash    epoch, until, <engine>:slots, <engine>:kv: what the fast path may spend; wait|<model>: seconds that
+                            who is refused shall wait; tenant|<name>: "metered (1/0), most that may wait, such seconds"
     p99             hash    model|role -> output tokens
     epoch, fence    string  leadership's and grants' counters
     leader          hash    holder, until
     fleet           string  JSON of the engines (no keys, no secrets)
+    tenants         string  JSON of the tenants: weight, clusters, quotas
+    waits           zset    <length of tenant>:<tenant>|<stage>, all of score 0: waiting stages, to be counted by tenant
+    usage:<day>     hash    [tenant, model, class, counter] (JSON) -> what they used that day (UTC); kept `USAGE_DAYS`
+    charged_to      string  position in the log up to which usage was counted
     workflows       hash    fingerprint -> static graph, JSON
     log             stream  observations ("o") and ends of runs ("r")
     nodes           zset    nodes by the moment at which their report expires
     reports         hash    node -> what it said last of its GPUs and engines (`nodes.NodeReport`, JSON)
     wanted:<node>   stream  one entry: what is wanted of that node ("w": `nodes.Wanted`, JSON); its id is the version
+    api_keys        hash    SHA-256 of a gateway's key -> whose it is (tenant, label, made_at_s), JSON; never the key
     switch          string  what the operator allows: ``on``, ``observe`` or ``off``, then who, when, why. No key: on
     models          hash    kept: versions of trained models, the one that rules first; card:<version>: JSON;
                             file:<version>: base64
     predictor       string  what the leader's predictor tells of itself, JSON
+    rtts            hash    <site>|<cluster> -> "seconds at": the network there and back, as an app of the site measured it; inf:
+                            it was not reached
     salt            string  what hashes of prompts are keyed with, in hexadecimal; made once
     wake            list    one element while the scheduler has something to look at
 """
@@ -39,16 +47,36 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import re
 import secrets
+import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from importlib import resources
 from typing import Any, Final
 
 import redis.asyncio as aioredis
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import EqualJitterBackoff, NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 
 from maestro_agents.core import (
     EngineSpec,
@@ -63,8 +91,27 @@ from maestro_agents.core import (
 )
 from maestro_agents.errors import ConfigError, QueueUnavailable, WireError
 from maestro_agents.nodes import NodeReport, Wanted
-from maestro_agents.ports import MODEL_BYTES, MODELS_KEPT, Ledger, Renewal, Reservation, Running
-from maestro_agents.queue.memory import DEFAULT_P99_OUTPUT_TOKENS, LOG_LENGTH, RETRY_FLOOR_S
+from maestro_agents.ports import (
+    MODEL_BYTES,
+    MODELS_KEPT,
+    NO_BACKLOG,
+    RETRY_FLOOR_S,
+    USAGE_DAYS,
+    Backlog,
+    Distance,
+    Ledger,
+    Renewal,
+    Reservation,
+    Running,
+)
+from maestro_agents.queue.embedded import RedisInfo
+from maestro_agents.queue.memory import DEFAULT_P99_OUTPUT_TOKENS, LOG_LENGTH, SKIPPED_TOKENS
+from maestro_agents.redis_url import RedisUrl, redis_url, without_password
+from maestro_agents.tenants import Tenant
+
+_PAGE: Final = 1_000
+
+log = logging.getLogger("maestro")
 
 RECORD_TTL_S: Final = 600
 """How long the terminal record of a stage is kept."""
@@ -73,6 +120,14 @@ CONNECT_TIMEOUT_S: Final = 2.0
 COMMAND_TIMEOUT_S: Final = 3.0
 BLOCK_LIMIT_S: Final = 2.0
 """Longest blocking read; shorter than the socket's patience."""
+
+_TOLD: Final = 20
+"""Kinds of tickets that are not understood, of which each is told once."""
+
+BACKOFF_BASE_S: Final = 0.05
+BACKOFF_CAP_S: Final = 2.0
+"""After a connection failed the next is tried within twice the base, then within twice that, up to the cap, and never
+before half of it: each process at a moment of its own, so that a fleet does not come back in step."""
 
 _SCRIPTS: Final[Mapping[str, str]] = {
     entry.name.removesuffix(".lua"): entry.read_text(encoding="utf-8")
@@ -98,7 +153,8 @@ class _Call:
 class RedisQueue:
     """See `ports.Queue`. Raises `QueueUnavailable` where Redis does not answer.
 
-    ``url``: ``redis://``, ``rediss://`` or ``unix://``. ``lease_s``: how long a grant or a client lives unrenewed.
+    ``url``: see `maestro_agents.redis_url`. ``lease_s``: how long a grant or a client lives unrenewed. A connection that failed
+    is tried again after a pause that grows (`BACKOFF_CAP_S`); until then every command fails at once.
     """
 
     def __init__(
@@ -116,25 +172,29 @@ class RedisQueue:
         self.max_queue = max_queue
         self.log_length = LOG_LENGTH
         self._prefix = f"maestro:{{{pool}}}:"
-        try:
-            self._redis: Any = client or aioredis.Redis.from_url(
-                url,
-                decode_responses=True,
-                socket_connect_timeout=CONNECT_TIMEOUT_S,
-                socket_timeout=COMMAND_TIMEOUT_S,
-                health_check_interval=15,
-            )
-        except ValueError as e:
-            raise ConfigError(f"redis URL {_without_password(url)!r}: {e}") from e
+        self.where = redis_url(url)
+        self._redis: Any = client or _connect(self.where)
+        self._backoff = EqualJitterBackoff(cap=min(BACKOFF_CAP_S, lease_s / 4), base=BACKOFF_BASE_S)
+        self._failures = 0
+        #: Nothing is tried before this moment of the monotonic clock, and why.
+        self._resting_until_s = 0.0
+        self._trouble = ""
+        #: What was said of tickets that are not understood here.
+        self._passed_over: set[str] = set()
         #: Node -> its last report, as it was read and as it was understood.
         self._said: dict[str, tuple[str, NodeReport]] = {}
+        #: Tickets that ran when it was asked last, as they were read and as they were understood.
+        self._tickets: dict[str, Ticket | None] = {}
+        #: Model -> whose each waiting stage is, as far as it was asked.
+        self._owners: dict[str, dict[str, str]] = {}
+        self._led_epoch = 0
         self._batch: list[_Call] = []
         self._flushing: asyncio.Task[None] | None = None
         self._fixed = {
             k: self._prefix + k
             for k in (
                 "leases clients slots kv draining credits p99 epoch fence leader fleet workflows log switch salt wake"
-                " models predictor nodes reports".split()
+                " models predictor nodes reports tenants waits charged_to rtts api_keys".split()
             )
         }
 
@@ -154,6 +214,31 @@ class RedisQueue:
     def _wanted(self, node_id: str) -> str:
         return f"{self._prefix}wanted:{node_id}"
 
+    @contextlib.asynccontextmanager
+    async def _reachable(self) -> AsyncIterator[None]:
+        """As `_reachable`; and nothing is tried while the pause after a failed connection lasts."""
+        if time.monotonic() < self._resting_until_s:
+            raise QueueUnavailable(self._trouble)
+        try:
+            async with _reachable():
+                yield
+        except QueueUnavailable as e:
+            await self._rest(e)
+            raise
+        self._failures = 0
+
+    async def _rest(self, error: QueueUnavailable) -> None:
+        """After a failed connection: pause. After an answer that another server would not give: ask who leads."""
+        if isinstance(error.__cause__, _TURNED_AWAY):
+            if self.where.kind == "sentinel":
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
+        elif isinstance(error.__cause__, ResponseError):
+            pass  # it answers
+        elif time.monotonic() >= self._resting_until_s:  # else it is one of many that failed together
+            self._failures += 1
+            self._trouble = str(error)
+            self._resting_until_s = time.monotonic() + self._backoff.compute(min(self._failures, 16))
+
     async def _run(self, script: str, keys: Sequence[str], *args: object) -> Any:
         """Run a script. What is asked for in the same moment leaves in one round trip, each with its own answer."""
         answer = asyncio.get_running_loop().create_future()
@@ -166,7 +251,7 @@ class RedisQueue:
         while self._batch:
             batch, self._batch = [c for c in self._batch if not c.answer.done()], []
             try:
-                async with _reachable():
+                async with self._reachable():
                     replies = await self._evaluate(batch)
             except BaseException as e:
                 for call in batch:
@@ -179,7 +264,11 @@ class RedisQueue:
                 if call.answer.done():
                     continue
                 if isinstance(reply, Exception):
-                    call.answer.set_exception(_told(reply))
+                    error = _told(reply)
+                    error.__cause__ = reply
+                    if isinstance(error, QueueUnavailable):
+                        await self._rest(error)
+                    call.answer.set_exception(error)
                 else:
                     call.answer.set_result(reply)
 
@@ -203,7 +292,7 @@ class RedisQueue:
                 return [e]
         pipe = self._redis.pipeline(transaction=False)
         for call in batch:
-            pipe.evalsha(_SHA[call.script], *call.words)
+            pipe.execute_command("EVALSHA", _SHA[call.script], *call.words)  # pipe.evalsha is blocked for a Cluster
         return list(await pipe.execute(raise_on_error=False))
 
     # -- the client's side -------------------------------------------------------------------------------------------
@@ -215,7 +304,7 @@ class RedisQueue:
         reply = await self._run(
             "push",
             [self._stage(ticket.stage_id), self._ready(ticket.model)]
-            + self._keys("leases", "clients", "slots", "kv", "credits", "p99", "epoch", "fence", "wake"),
+            + self._keys("leases", "clients", "slots", "kv", "credits", "p99", "epoch", "fence", "wake", "waits"),
             ticket.stage_id,
             ticket.client_id,
             ticket.encode(),
@@ -230,6 +319,7 @@ class RedisQueue:
             self.max_queue,
             DEFAULT_P99_OUTPUT_TOKENS,
             ticket.choices,
+            ticket.tenant,
             *allowed,
         )
         if reply[0] == "granted":
@@ -248,13 +338,14 @@ class RedisQueue:
                 priority=said.get("priority", 0),
                 because=said.get("because", {}),
             )
-        if reply[0] == "full":
-            return Refusal(stage_id=ticket.stage_id, reason="full", retry_after_s=RETRY_FLOOR_S)
+        if reply[0] in ("full", "quota"):
+            after_s = max(RETRY_FLOOR_S, float(reply[1]))
+            return Refusal(stage_id=ticket.stage_id, reason=reply[0], retry_after_s=after_s)
         return None
 
     async def verdicts(self, client_id: str, timeout_s: float) -> Sequence[Verdict]:
         key = self._inbox(client_id)
-        async with _reachable():
+        async with self._reachable():
             first = await self._redis.blpop([key], timeout=min(max(timeout_s, 0.01), BLOCK_LIMIT_S))
             if first is None:
                 return ()
@@ -288,7 +379,7 @@ class RedisQueue:
         await self._run(
             "announce",
             [self._stage(ticket.stage_id), self._ready(ticket.model)]
-            + self._keys("leases", "clients", "slots", "kv", "fence", "wake"),
+            + self._keys("leases", "clients", "slots", "kv", "fence", "wake", "waits"),
             ticket.stage_id,
             ticket.client_id,
             ticket.encode(),
@@ -298,9 +389,11 @@ class RedisQueue:
             ticket.model,
             RECORD_TTL_S,
             *held,
+            *[0] * (7 - len(held)),
+            "" if ticket.nested else ticket.tenant,
         )
 
-    async def finish(self, observation: Observation, *, token: int, now_s: float) -> bool:
+    async def finish(self, observation: Observation, *, client_id: str, token: int, now_s: float) -> bool:
         del now_s
         o = observation
         return bool(
@@ -314,6 +407,7 @@ class RedisQueue:
                 o.encode(),
                 self.log_length,
                 RECORD_TTL_S,
+                client_id,
             )
         )
 
@@ -322,30 +416,35 @@ class RedisQueue:
             await self._run(
                 "requeue",
                 [self._stage(ticket.stage_id), self._ready(ticket.model)]
-                + self._keys("leases", "slots", "kv", "draining", "wake"),
+                + self._keys("leases", "slots", "kv", "draining", "wake", "waits"),
                 ticket.stage_id,
                 token,
                 ticket.encode(),
                 ticket.due_at_s,
                 now_s,
                 int(draining),
+                ticket.client_id,
             )
         )
 
-    async def cancel(self, stage_id: str, model: str, *, now_s: float, draining: bool) -> Status | None:
+    async def cancel(
+        self, stage_id: str, model: str, *, client_id: str | None, now_s: float, draining: bool
+    ) -> Status | None:
         before = await self._run(
             "cancel",
-            [self._stage(stage_id), self._ready(model)] + self._keys("leases", "slots", "kv", "draining", "wake"),
+            [self._stage(stage_id), self._ready(model)]
+            + self._keys("leases", "slots", "kv", "draining", "wake", "waits"),
             stage_id,
             now_s,
             int(draining),
             RECORD_TTL_S,
+            client_id or "",
         )
         return Status(before) if before else None
 
-    async def extend(self, stage_id: str, *, token: int, kv_bytes: int) -> bool | None:
+    async def extend(self, stage_id: str, *, client_id: str, token: int, kv_bytes: int) -> bool | None:
         keys = [self._stage(stage_id), *self._keys("kv", "credits")]
-        fits = await self._run("extend", keys, token, kv_bytes)
+        fits = await self._run("extend", keys, token, kv_bytes, client_id)
         return None if fits is None else bool(fits)
 
     async def end_run(self, run: RunEnd) -> None:
@@ -358,51 +457,115 @@ class RedisQueue:
         await self._run("log", self._keys("log"), kind, body, self.log_length)
 
     async def switch(self) -> Switch:
-        async with _reachable():
+        async with self._reachable():
             return _switch(await self._redis.get(self._fixed["switch"]))
 
     async def set_switch(self, switch: Switch, *, if_lost: bool = False) -> None:
-        async with _reachable():
+        async with self._reachable():
             await self._redis.set(self._fixed["switch"], switch.encode(), nx=if_lost)
 
     async def describe(self, workflow: str, spec: str) -> None:
-        async with _reachable():
+        async with self._reachable():
             await self._redis.hsetnx(self._fixed["workflows"], workflow, spec)
 
     async def salt(self) -> bytes:
-        async with _reachable():
-            pipe = self._redis.pipeline(transaction=True)
+        async with self._reachable():
+            pipe = self._redis.pipeline(transaction=False)
             pipe.set(self._fixed["salt"], secrets.token_hex(16), nx=True)
             pipe.get(self._fixed["salt"])
             _, found = await pipe.execute()
         return bytes.fromhex(found)
 
     async def fleet(self) -> Sequence[EngineSpec]:
-        async with _reachable():
+        async with self._reachable():
             body = await self._redis.get(self._fixed["fleet"])
         return tuple(EngineSpec.decode(e) for e in json.loads(body)) if body else ()
 
+    async def tenants(self) -> Sequence[Tenant]:
+        async with self._reachable():
+            body = await self._redis.get(self._fixed["tenants"])
+        return tuple(Tenant.decode(t) for t in json.loads(body)) if body else ()
+
+    async def tell_distances(self, distances: Sequence[Distance]) -> None:
+        said = {f"{d.site}|{d.cluster}": f"{_text(d.rtt_s)} {_text(d.measured_at_s)}" for d in distances}
+        if said:
+            async with self._reachable():
+                await self._redis.hset(self._fixed["rtts"], mapping=said)
+
+    async def distances(self) -> Sequence[Distance]:
+        async with self._reachable():
+            body = await self._redis.hgetall(self._fixed["rtts"])
+        found: list[Distance] = []
+        for where, said in body.items():
+            site, _, cluster = where.partition("|")
+            with contextlib.suppress(ValueError):  # not by us
+                rtt_s, at_s = map(float, said.split())
+                found.append(Distance(site=site, cluster=cluster, rtt_s=rtt_s, measured_at_s=at_s))
+        return found
+
+    # -- the gateways' side ------------------------------------------------------------------------------------------
+    async def add_api_key(self, digest: str, about: str) -> None:
+        async with self._reachable():
+            await self._redis.hset(self._fixed["api_keys"], digest, about)
+
+    async def api_keys(self) -> Mapping[str, str]:
+        async with self._reachable():
+            return await self._redis.hgetall(self._fixed["api_keys"])
+
+    async def remove_api_key(self, digest: str) -> bool:
+        async with self._reachable():
+            return bool(await self._redis.hdel(self._fixed["api_keys"], digest))
+
     # -- the scheduler's side ----------------------------------------------------------------------------------------
     async def lead(self, holder: str, *, ttl_s: float, now_s: float, at_least: int = 0) -> int | None:
-        epoch = await self._run("lead", self._keys("leader", "epoch"), holder, now_s, now_s + ttl_s, at_least)
+        keys = self._keys("leader", "epoch", "fence")
+        epoch = await self._run("lead", keys, holder, now_s, now_s + ttl_s, at_least, SKIPPED_TOKENS)
+        if epoch is not None and int(epoch) != self._led_epoch:
+            await self._tidy()
+            self._led_epoch = int(epoch)
         return None if epoch is None else int(epoch)
 
+    async def _tidy(self) -> None:
+        """Forget entries of `waits` whose stages wait no more: commands of the release before leave them behind."""
+        at = 0
+        async with self._reachable():
+            while page := await self._redis.zrange(self._fixed["waits"], at, at + _PAGE - 1):
+                stages = [self._stage(_waits(entry)) for entry in page]
+                at += len(page) - await self._run("tidy", [self._fixed["waits"], *stages], *page)
+
     async def wake(self, timeout_s: float) -> None:
-        async with _reachable():
+        async with self._reachable():
             await self._redis.blpop([self._fixed["wake"]], timeout=min(max(timeout_s, 0.01), BLOCK_LIMIT_S))
 
     async def publish(
-        self, engines: Sequence[EngineSpec], *, p99: Mapping[str, float], epoch: int, valid_until_s: float
+        self,
+        engines: Sequence[EngineSpec],
+        *,
+        p99: Mapping[str, float],
+        epoch: int,
+        valid_until_s: float,
+        tenants: Sequence[Tenant] = (),
+        backlog: Backlog = NO_BACKLOG,
     ) -> bool:
-        fleet = json.dumps([e.encode() for e in engines], separators=(",", ":"))
+        fleet, named = (json.dumps([x.encode() for x in these], separators=(",", ":")) for these in (engines, tenants))
+        notes: list[object] = [x for model, s in backlog.models.items() for x in (f"wait|{model}", s)]
+        for t in tenants:
+            if t.has_quota:
+                after_s = _text(backlog.tenants.get(t.name, 0.0))
+                notes += (f"tenant|{t.name}", f"{int(t.metered)} {t.max_waiting} {after_s}")
         credit = [x for e in engines for x in (e.engine_id, e.slots, e.kv_bytes)]
         roles = [x for pair in p99.items() for x in pair]
-        keys = self._keys("epoch", "credits", "p99", "fleet")
-        return bool(await self._run("publish", keys, epoch, valid_until_s, fleet, len(engines), *credit, *roles))
+        keys = self._keys("epoch", "credits", "p99", "fleet", "tenants")
+        counts = (len(engines), len(notes) // 2)
+        said = (*credit, *notes, *roles)
+        return bool(await self._run("publish", keys, epoch, valid_until_s, fleet, named, *counts, *said))
 
-    async def heads(self, model: str, n: int) -> Sequence[Ticket]:
-        async with _reachable():
-            found = await self._redis.zrange(self._ready(model), 0, n - 1, withscores=True)
+    async def heads(self, model: str, n: int, *, at_most: Mapping[str, int] | None = None) -> Sequence[Ticket]:
+        async with self._reachable():
+            if at_most:
+                found = await self._heads_of(model, n, at_most)
+            else:
+                found = await self._redis.zrange(self._ready(model), 0, n - 1, withscores=True)
             if not found:
                 return ()
             pipe = self._redis.pipeline(transaction=False)
@@ -411,14 +574,62 @@ class RedisQueue:
             bodies = await pipe.execute()
         tickets: list[Ticket] = []
         for (_, due_at_s), body in zip(found, bodies, strict=True):
-            with contextlib.suppress(WireError):  # a ticket of another version is some other scheduler's
-                if body is not None:
-                    tickets.append(Ticket.decode(body).evolve(due_at_s=due_at_s))
+            if body is not None and (ticket := self._ticket(body)) is not None:
+                tickets.append(ticket.evolve(due_at_s=due_at_s))
         return tickets
+
+    def _ticket(self, body: str) -> Ticket | None:
+        """A ticket as Redis has it; None, said once, where it is of a version that is some other scheduler's."""
+        try:
+            return Ticket.decode(body)
+        except WireError as e:
+            if str(e) not in self._passed_over and len(self._passed_over) < _TOLD:
+                self._passed_over.add(str(e))
+                log.warning("stages of %s are passed over here: %s", self._prefix.rstrip(":"), e)
+            return None
+
+    async def _heads_of(self, model: str, n: int, at_most: Mapping[str, int]) -> list[tuple[str, float]]:
+        """The first stages of a model, no more than ``at_most`` of some tenants. Whose a stage is, is asked once."""
+        known, seen = self._owners.get(model, {}), dict[str, str]()
+        found: list[tuple[str, float]] = []
+        left = {_whose(tenant): bound for tenant, bound in at_most.items()}
+        at = 0
+        while page := await self._redis.zrange(self._ready(model), at, at + _PAGE - 1, withscores=True):
+            at += len(page)
+            new = [stage_id for stage_id, _ in page if stage_id not in known]
+            pipe = self._redis.pipeline(transaction=False)
+            for stage_id in new:
+                pipe.hget(self._stage(stage_id), "whose")
+            told = dict(zip(new, await pipe.execute(), strict=True)) if new else {}
+            for stage_id, due_at_s in page:
+                whose = seen[stage_id] = known.get(stage_id) or told.get(stage_id) or ""
+                if whose in left:
+                    left[whose] -= 1
+                    if left[whose] < 0:
+                        continue
+                elif n <= 0:
+                    at = -1
+                    break
+                else:
+                    n -= 1
+                found.append((stage_id, due_at_s))
+            if at < 0 or len(page) < _PAGE:
+                break
+        self._owners[model] = seen
+        return found
+
+    async def waiting(self, tenants: Collection[str]) -> Mapping[str, int]:
+        names = list(tenants)
+        async with self._reachable():
+            pipe = self._redis.pipeline(transaction=False)
+            for name in names:
+                pipe.zlexcount(self._fixed["waits"], f"[{_whose(name)}|", f"({_whose(name)}}}")
+            counts: list[int] = await pipe.execute() if names else []
+        return dict(zip(names, counts, strict=True))
 
     async def reorder(self, moments: Mapping[str, float], model: str) -> None:
         if moments:
-            async with _reachable():
+            async with self._reachable():
                 await self._redis.zadd(self._ready(model), dict(moments), xx=True)
 
     async def grant(self, grant: Grant, ticket: Ticket, *, now_s: float) -> Grant | None:
@@ -429,7 +640,7 @@ class RedisQueue:
             "grant",
             [self._stage(grant.stage_id), self._ready(ticket.model)]
             + self._keys("leases", "clients", "slots", "kv", "credits", "epoch", "fence")
-            + [self._inbox(ticket.client_id)],
+            + [self._inbox(ticket.client_id), *self._keys("waits")],
             grant.stage_id,
             grant.engine_id,
             grant.kv_bytes,
@@ -444,7 +655,7 @@ class RedisQueue:
         return None if token is None else dataclasses.replace(given, token=int(token))
 
     async def described(self, workflow: str) -> str | None:
-        async with _reachable():
+        async with self._reachable():
             found = await self._redis.hget(self._fixed["workflows"], workflow)
         return None if found is None else str(found)
 
@@ -452,10 +663,11 @@ class RedisQueue:
         del now_s
         body = json.dumps({"refusal": dataclasses.asdict(refusal)}, separators=(",", ":"))
         keys = [self._stage(ticket.stage_id), self._ready(ticket.model), self._inbox(ticket.client_id)]
+        keys += self._keys("waits")
         return bool(await self._run("refuse", keys, ticket.stage_id, body, math.ceil(4 * self.lease_s), RECORD_TTL_S))
 
     async def reap(self, *, now_s: float) -> Sequence[str]:
-        async with _reachable():
+        async with self._reachable():
             suspects: list[tuple[str, str]] = [
                 (s, "") for s in await self._redis.zrangebyscore(self._fixed["leases"], "-inf", now_s)
             ]
@@ -468,11 +680,11 @@ class RedisQueue:
                     suspects += await self._waiting_of(dead, model)
         lost: list[str] = []
         for stage_id, model in suspects:
-            keys = [self._stage(stage_id), self._ready(model), *self._keys("leases", "clients", "draining")]
+            keys = [self._stage(stage_id), self._ready(model), *self._keys("leases", "clients", "draining", "waits")]
             if await self._run("lose", keys, stage_id, now_s, RECORD_TTL_S):
                 lost.append(stage_id)
         if dead:
-            async with _reachable():
+            async with self._reachable():
                 await self._redis.zremrangebyscore(self._fixed["clients"], "-inf", now_s)
         return lost
 
@@ -489,7 +701,7 @@ class RedisQueue:
         return found
 
     async def draining(self) -> Sequence[Reservation]:
-        async with _reachable():
+        async with self._reachable():
             body = await self._redis.hgetall(self._fixed["draining"])
         found: list[Reservation] = []
         for key, value in body.items():
@@ -503,29 +715,33 @@ class RedisQueue:
         return bool(await self._run("settle", keys, r.stage_id, r.engine_id, r.kv_bytes))
 
     async def running(self) -> Sequence[Running]:
-        async with _reachable():
+        async with self._reachable():
             leases = await self._redis.zrange(self._fixed["leases"], 0, -1, withscores=True)
             pipe = self._redis.pipeline(transaction=False)
             for stage_id, _ in leases:
                 pipe.hmget(self._stage(stage_id), "ticket", "engine", "token", "kv", "granted_at", "grant")
             rows = await pipe.execute()
+        before = self._tickets  # of the last time: a leader with quotas to keep asks in every round
+        tickets = self._tickets = {row[0]: before.get(row[0]) or self._ticket(row[0]) for row in rows if row[0]}
         return [
             Running(
-                ticket=Ticket.decode(ticket),
+                ticket=known,
                 engine_id=engine_id,
                 token=int(token),
                 kv_bytes=int(kv),
                 granted_at_s=float(granted_at),
                 lease_until_s=until,
-                because=json.loads(grant or "{}").get("because", {}),
+                output_tokens=(said := json.loads(grant or "{}")).get("output_tokens", 0),
+                because=said.get("because", {}),
             )
             for (_, until), (ticket, engine_id, token, kv, granted_at, grant) in zip(leases, rows, strict=True)
-            if ticket and engine_id
+            if ticket and engine_id and (known := tickets[ticket]) is not None
         ]
 
     async def ledger(self) -> Ledger:
-        async with _reachable():
-            pipe = self._redis.pipeline(transaction=True)
+        async with self._reachable():
+            # redis-py 8.1 cannot parse HGETALL in a Cluster's transaction; one node reads two commands of one write together
+            pipe = self._redis.pipeline(transaction=self.where.kind != "cluster")
             pipe.hgetall(self._fixed["slots"])
             pipe.hgetall(self._fixed["kv"])
             slots, kv = await pipe.execute()
@@ -534,17 +750,34 @@ class RedisQueue:
         )
 
     async def depth(self, model: str) -> int:
-        async with _reachable():
+        async with self._reachable():
             return int(await self._redis.zcard(self._ready(model)))
 
     async def read_log(self, after: str, n: int) -> tuple[str, Sequence[Observation | RunEnd]]:
-        async with _reachable():
+        async with self._reachable():
             rows = await self._redis.xrange(self._fixed["log"], min=f"({after}" if after else "-", count=n)
         entries: list[Observation | RunEnd] = []
         for _, fields in rows:
             with contextlib.suppress(WireError, KeyError):  # one bad entry does not stop the reader
                 entries.append(Observation.decode(fields["o"]) if "o" in fields else RunEnd.decode(fields["r"]))
         return (rows[-1][0] if rows else after), entries
+
+    async def charge(self, days: Mapping[str, Mapping[str, int]], *, after: str, to: str, epoch: int) -> bool:
+        keys = [*self._keys("epoch", "charged_to"), *(f"{self._prefix}usage:{day}" for day in days)]
+        said: list[object] = []
+        for day, counters in days.items():
+            ends = datetime.fromisoformat(day).replace(tzinfo=UTC) + timedelta(days=USAGE_DAYS + 1)
+            said += (int(ends.timestamp()), len(counters), *(x for pair in counters.items() for x in pair))
+        return bool(await self._run("usage", keys, epoch, after, to, *said))
+
+    async def charged_to(self) -> str:
+        async with self._reachable():
+            return str(await self._redis.get(self._fixed["charged_to"]) or "")
+
+    async def usage(self, day: str) -> Mapping[str, int]:
+        async with self._reachable():
+            found = await self._redis.hgetall(f"{self._prefix}usage:{day}")
+        return {counter: int(n) for counter, n in found.items()}
 
     async def publish_model(self, version: str, *, card: str, data: bytes | None, epoch: int | None) -> bool:
         if data is not None and len(data) > MODEL_BYTES:
@@ -554,7 +787,7 @@ class RedisQueue:
         return bool(await self._run("publish_model", self._keys("epoch", "models"), ruled, version, MODELS_KEPT, *file))
 
     async def model(self, known: str) -> tuple[str, bytes] | None:
-        async with _reachable():
+        async with self._reachable():
             kept = str(await self._redis.hget(self._fixed["models"], "kept") or "").split()
             if not kept or kept[0] == known:
                 return None
@@ -565,7 +798,7 @@ class RedisQueue:
             return kept[0], str(data).encode()
 
     async def models(self) -> Mapping[str, str]:
-        async with _reachable():
+        async with self._reachable():
             kept = str(await self._redis.hget(self._fixed["models"], "kept") or "").split()
             if not kept:
                 return {}
@@ -573,11 +806,11 @@ class RedisQueue:
         return {version: card or "{}" for version, card in zip(kept, cards, strict=True)}
 
     async def set_predictor_status(self, status: str) -> None:
-        async with _reachable():
+        async with self._reachable():
             await self._redis.set(self._fixed["predictor"], status)
 
     async def predictor_status(self) -> str:
-        async with _reachable():
+        async with self._reachable():
             return str(await self._redis.get(self._fixed["predictor"]) or "")
 
     # -- the nodes' side ---------------------------------------------------------------------------------------------
@@ -586,7 +819,7 @@ class RedisQueue:
         await self._run("report", keys, report.node_id, now_s, now_s + ttl_s, report.encode())
 
     async def reports(self, now_s: float) -> Sequence[NodeReport]:
-        async with _reachable():
+        async with self._reachable():
             nodes = sorted(await self._redis.zrangebyscore(self._fixed["nodes"], f"({_text(now_s)}", "+inf"))
             bodies: list[str | None] = await self._redis.hmget(self._fixed["reports"], nodes) if nodes else []
         said = self._said
@@ -604,7 +837,7 @@ class RedisQueue:
 
     async def wanted(self, node_id: str, *, known: str, timeout_s: float) -> tuple[str, Wanted] | None:
         key = self._wanted(node_id)
-        async with _reachable():
+        async with self._reachable():
             entries: list[tuple[str, Mapping[str, str]]] = await self._redis.xrevrange(key, count=1)
             if timeout_s > 0.0 and (not entries or entries[0][0] == known):
                 block_ms = round(1000 * min(max(timeout_s, 0.01), BLOCK_LIMIT_S))
@@ -615,29 +848,123 @@ class RedisQueue:
         return entries[-1][0], Wanted.decode(entries[-1][1]["w"])
 
     async def incarnation(self) -> str:
-        async with _reachable():
+        """Of the server that holds the pool now: its process, and since when it leads. A failover is a restart: what was
+        acknowledged a moment before may be missing.
+        """
+        async with self._reachable():
+            here = await self._here()
             try:
-                return str((await self._redis.info("server"))["run_id"])
+                run_id = (await self._redis.info("server", **here))["run_id"]
+                return f"{run_id} {(await self._redis.info('replication', **here)).get('master_replid', '')}"
             except (ResponseError, KeyError):  # no INFO for this user, or a server without it
                 return "unknown"
 
+    async def _here(self) -> Mapping[str, Any]:
+        """Names the pool's own node to a command that has no key."""
+        if self.where.kind != "cluster":
+            return {}
+        await self._redis.initialize()
+        return {"target_nodes": self._redis.get_node_from_key(self._prefix)}
+
     async def server_time_s(self) -> float:
         """The server's clock, so that all clients agree on moments."""
-        async with _reachable():
-            seconds, micros = await self._redis.time()
+        async with self._reachable():
+            seconds, micros = await self._redis.time(**await self._here())
         return seconds + micros / 1e6
+
+    async def about(self) -> RedisInfo:
+        """What the server that holds the pool says of itself. Raises `QueueUnavailable` with the reason."""
+        async with self._reachable():
+            here = await self._here()
+            await self._redis.ping(**here)
+            began_s = time.perf_counter()
+            await self._redis.ping(**here)
+            latency_s = time.perf_counter() - began_s
+            told = await self._redis.info(**here)
+        role = f"master {self.where.master!r}" if self.where.master else ""
+        if self.where.kind == "cluster":
+            role = f"a node of {len(self._redis.get_primaries())}"
+        return RedisInfo(
+            version=str(told.get("redis_version", "?")),
+            process_id=int(told.get("process_id", 0)),
+            latency_s=latency_s,
+            role=role,
+            evicts=told.get("maxmemory_policy", "noeviction") if told.get("maxmemory") else "noeviction",
+        )
 
     async def status(self, stage_id: str) -> Status | None:
         """The status of a stage, also of one that ended lately."""
-        async with _reachable():
+        async with self._reachable():
             found = await self._redis.hget(self._stage(stage_id), "status")
         return Status(found) if found else None
+
+    async def leader(self) -> str:
+        """Who holds leadership, also where that has expired; "" where nobody ever led."""
+        async with self._reachable():
+            return str(await self._redis.hget(self._fixed["leader"], "holder") or "")
+
+    async def records(self) -> Sequence[Mapping[str, str]]:
+        """Each stage's last grant and status as Redis has them, also of stages that ended lately. It walks all keys: for benches."""
+        fields = ("status", "client", "engine", "token", "epoch", "granted_at", "fast")
+        async with self._reachable():
+            keys: list[str] = [key async for key in self._redis.scan_iter(match=self._stage("*"), count=1000)]
+            pipe = self._redis.pipeline(transaction=False)
+            for key in keys:
+                pipe.hmget(key, *fields)
+            rows: list[list[str | None]] = await pipe.execute() if keys else []
+        prefix = len(self._stage(""))
+        return [
+            {"stage": key[prefix:], **{f: v for f, v in zip(fields, row, strict=True) if v is not None}}
+            for key, row in zip(keys, rows, strict=True)
+        ]
+
+    async def copy_to(self, other: RedisQueue, copied: Callable[[str, int], None]) -> Mapping[str, int]:
+        """Copy what a pool must not lose, and nobody announces again, into the same pool of another Redis. Returns how
+        many entries of each key were written, and tells ``copied`` meanwhile. Raises `ConfigError` where a scheduler has led there.
+        """
+        done: dict[str, int] = {}
+        async with other._reachable():
+            if await other._redis.get(other._fixed["epoch"]):
+                raise ConfigError(
+                    "a scheduler has led this pool at the other place already: copy first, then start it there"
+                )
+        async with self._reachable():
+            days = [k async for k in self._redis.scan_iter(match=f"{self._prefix}usage:*", **await self._here())]
+            kept = [self._prefix + name for name in ("salt", "switch", "charged_to", "workflows", "models", "api_keys")]
+            for key in (*kept, *sorted(days)):
+                kind = await self._redis.type(key)
+                body = await (self._redis.get(key) if kind == "string" else self._redis.hgetall(key))
+                async with other._reachable():
+                    await other._redis.delete(key)
+                    if body:
+                        await (
+                            other._redis.set(key, body) if kind == "string" else other._redis.hset(key, mapping=body)
+                        )
+                done[key.removeprefix(self._prefix)] = len(body or ()) if kind == "hash" else int(bool(body))
+                copied(key.removeprefix(self._prefix), 1)
+            log, n = self._fixed["log"], 0
+            async with other._reachable():
+                last = await other._redis.xrevrange(log, count=1)
+            after = last[0][0] if last else ""
+            while rows := await self._redis.xrange(log, min=f"({after}" if after else "-", count=500):
+                async with other._reachable():
+                    pipe = other._redis.pipeline(transaction=False)
+                    for position, fields in rows:
+                        pipe.xadd(log, fields, id=position)
+                    await pipe.execute()
+                after, n = rows[-1][0], n + len(rows)
+                copied("log", n)
+        return {**done, "log": n}
 
     async def close(self) -> None:
         if self._flushing is not None and not self._flushing.done():
             await asyncio.wait([self._flushing], timeout=COMMAND_TIMEOUT_S)
-        with contextlib.suppress(RedisError, OSError):
-            await self._redis.aclose()
+        clients = [self._redis]
+        if self.where.kind == "sentinel":
+            clients += self._redis.connection_pool.sentinel_manager.sentinels
+        for client in clients:
+            with contextlib.suppress(RedisError, OSError):
+                await client.aclose()
 
 
 @contextlib.asynccontextmanager
@@ -651,7 +978,7 @@ async def _reachable() -> AsyncIterator[None]:
     cancelled = task.cancelling() if task else 0
     try:
         yield
-    except (RedisError, OSError, TimeoutError) as e:
+    except (RedisError, RedisClusterException, OSError, TimeoutError) as e:
         raise _told(e) from e
     if task and task.cancelling() > cancelled:
         raise asyncio.CancelledError
@@ -659,22 +986,48 @@ async def _reachable() -> AsyncIterator[None]:
 
 def _told(error: Exception) -> Exception:
     """What a caller is told of an error of Redis."""
+    if isinstance(error, NoPermissionError) or (isinstance(error, ResponseError) and "NOPERM" in str(error)):
+        return QueueUnavailable(
+            f"This Redis user may not do that ({error}). Use the user of the role: `maestro redis acl` prints them."
+        )
+    if isinstance(error, AuthenticationError):
+        return QueueUnavailable(f"Redis lets nobody in by this user and password ({error}). Correct MAESTRO_REDIS_URL.")
+    if isinstance(error, _TURNED_AWAY) or (isinstance(error, ResponseError) and _not_ready(str(error))):
+        return QueueUnavailable(f"Redis is not ready: {error}")
     if isinstance(error, ResponseError):
-        if str(error).startswith(_NOT_READY):
-            return QueueUnavailable(f"Redis is not ready: {error}")
-        if str(error).startswith(_NOT_OURS):
+        if str(error).startswith("unknown command"):
             return QueueUnavailable(f"Redis does not do what Maestro needs ({error}). Run `maestro doctor`.")
         return error
-    if isinstance(error, (RedisError, OSError, TimeoutError)):
+    if isinstance(error, (RedisError, RedisClusterException, OSError, TimeoutError)):
         return QueueUnavailable(f"Redis does not answer ({type(error).__name__}: {error}). Run `maestro doctor`.")
     return error
 
 
-_NOT_READY: Final = ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "OOM", "MISCONF")
-"""A server that answers, but not with what was asked: waiting helps, or an operator must."""
+_TURNED_AWAY: Final = (
+    ReadOnlyError,
+    MasterDownError,
+    ClusterDownError,
+    TryAgainError,
+    BusyLoadingError,
+    OutOfMemoryError,
+)
+"""A server that answers, but not with what was asked: waiting helps, or another server, or an operator must."""
 
-_NOT_OURS: Final = ("unknown command", "NOPERM")
-"""A server that is too old or something else, or a user who may not: an operator must."""
+
+def _not_ready(text: str) -> bool:
+    """The same, where redis-py knows no class for it, or where it happened inside a script (Redis 6)."""
+    return text.startswith(("BUSY", "MISCONF", "UNBLOCKED", "LOADING", "OOM", "NOREPLICAS")) or "-READONLY" in text
+
+
+def _whose(tenant: str) -> str:
+    """A tenant as scripts write it: names of any kind, and none is the beginning of another's."""
+    return f"{len(tenant.encode())}:{tenant}"
+
+
+def _waits(entry: str) -> str:
+    """The stage that an entry of ``waits`` names."""
+    size, _, rest = entry.encode().partition(b":")
+    return rest[int(size) + 1 :].decode()
 
 
 def _text(value: object) -> str:
@@ -686,8 +1039,13 @@ def _verdict(message: str) -> Verdict:
     token, _, body = message.partition(" ")
     fields = json.loads(body)
     if "refusal" in fields:
-        return Refusal(**fields["refusal"])
-    return Grant(token=int(token), **fields)
+        return Refusal(**{k: v for k, v in fields["refusal"].items() if k in _REFUSAL_FIELDS})
+    return Grant(token=int(token), **{k: v for k, v in fields.items() if k in _GRANT_FIELDS})
+
+
+_GRANT_FIELDS: Final = frozenset(f.name for f in dataclasses.fields(Grant)) - {"token"}
+_REFUSAL_FIELDS: Final = frozenset(f.name for f in dataclasses.fields(Refusal))
+"""What a scheduler of a newer release says besides is left out."""
 
 
 def _switch(text: str | None) -> Switch:
@@ -697,8 +1055,70 @@ def _switch(text: str | None) -> Switch:
         return Switch(reason=f"not understood: {e}")
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^@/]*@", "//***@", url)
+def _connect(where: RedisUrl) -> Any:
+    """A client of redis-py. It connects when it is first used, sends nothing twice, and leaves pauses to `RedisQueue`."""
+    never = Retry(NoBackoff(), 0)
+    each: dict[str, Any] = {
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_timeout": COMMAND_TIMEOUT_S,
+        "retry": never,
+        "protocol": 2,
+    }
+    if where.tls:
+        each |= {"ssl": True, **{k: v for k, v in where.options.items() if k.startswith("ssl_")}}
+        if "ssl_check_hostname" in each:
+            each["ssl_check_hostname"] = each["ssl_check_hostname"].lower() in {"1", "true", "yes"}
+    kept: dict[str, Any] = {
+        **each,
+        "decode_responses": True,
+        "health_check_interval": 15,
+        "username": where.username,
+        "password": where.password,
+    }
+    if where.kind == "cluster":
+        nodes = [ClusterNode(host, port) for host, port in where.hosts]
+        return RedisCluster(startup_nodes=nodes, require_full_coverage=False, **kept)
+    if where.kind == "sentinel":
+        names = ("username", "password")
+        ours = {name: where.options.get(f"sentinel_{name}") for name in names}
+        sentinel = Sentinel(where.hosts, sentinel_kwargs={**each, **ours}, **kept)
+        return sentinel.master_for(where.master, db=where.db)
+    if where.kind == "unix":
+        return aioredis.Redis(unix_socket_path=where.path, db=where.db, **kept)
+    host, port = where.hosts[0]
+    return aioredis.Redis(host=host, port=port, db=where.db, **kept)
+
+
+def reach(url: str, *, pool: str = "default") -> RedisInfo:
+    """Ask the Redis at ``url`` who it is, on the way that the queue takes. Raises `QueueUnavailable` with the reason.
+
+    Blocks, also where an event loop runs.
+    """
+    found: list[RedisInfo | Exception] = []
+
+    async def look() -> None:
+        queue = RedisQueue(url, pool=pool)
+        try:
+            found.append(await queue.about())
+        except Exception as e:
+            found.append(e)
+        finally:
+            await queue.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(look()), name="maestro-reach", daemon=True)
+    thread.start()
+    thread.join()
+    (told,) = found
+    if isinstance(told, QueueUnavailable):
+        why, shown = str(told).removesuffix(" Run `maestro doctor`.").rstrip("."), without_password(url)
+        silent = "Redis does not answer "
+        if why.startswith(silent):
+            why = why.removeprefix(silent).removeprefix("(").removesuffix(")").rstrip(".")
+            raise QueueUnavailable(f"Redis at {shown} does not answer: {why}") from told
+        raise QueueUnavailable(f"Redis at {shown}: {why}") from told
+    if isinstance(told, Exception):
+        raise told
+    return told
 
 
 class RedisClock:

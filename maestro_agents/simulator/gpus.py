@@ -23,6 +23,7 @@ from maestro_agents.policy.placement import Action, Board, GpuState, Place, Resi
 from maestro_agents.simulator.hardware import Served, SimEngine, SimFleet, SimNode
 from maestro_agents.simulator.hardware import gpus as gpu_kinds
 from maestro_agents.simulator.workload import Run, Stage, Workload
+from maestro_agents.tenants import with_residency
 from maestro_agents.workflow import Follows
 
 
@@ -120,6 +121,8 @@ class Gpus:
             kind = gpu_kinds()[sim_gpu.kind]
             rtt_s = fleet.clusters[sim_gpu.cluster].rtt_s
             for model in fleet.models.values():
+                if not model.may_run(sim_gpu.cluster):
+                    continue
                 try:
                     served = model.on(kind)
                 except ConfigError:
@@ -129,7 +132,7 @@ class Gpus:
                 length = min(served.profile.max_model_len, longest.get(model.name, served.profile.max_model_len))
                 profile = dataclasses.replace(served.profile, max_model_len=length)
                 spec = served.spec(f"{model.name}.{gpu.gpu_id}", model=model.name, cluster=sim_gpu.cluster, rtt_s=rtt_s)
-                spec = dataclasses.replace(spec, max_model_len=length)
+                spec = with_residency(dataclasses.replace(spec, max_model_len=length), fleet.tenants)
                 sim = SimEngine(spec=spec, profile=profile, gpus=(gpu.gpu_id,), served=served)
                 block_bytes = profile.block_size * spec.kv_bytes_per_token
                 floor_bytes = -(-length // profile.block_size) * block_bytes

@@ -32,6 +32,7 @@ from maestro_agents.fleet import FleetTables, GpuPlace, GpuTable, ModelTable, lo
 from maestro_agents.predict.memory import BLOCK_TOKENS, KvShape
 from maestro_agents.simulator.calibration import read_calibration
 from maestro_agents.simulator.engine import PROFILES, Engine, EngineProfile, EngineRequest
+from maestro_agents.tenants import Tenant, with_residency
 from maestro_agents.tomlfile import Place
 
 Basis = Literal["published", "derived"]
@@ -373,6 +374,12 @@ class SimModel:
     tensor_parallel: int = 0
     #: Longest prompt + output, where its owner bounds it; 0: as long as the model can.
     max_model_len: int = 0
+    #: Clusters in which it may run; empty: all.
+    allow_clusters: tuple[str, ...] = ()
+
+    def may_run(self, cluster: str) -> bool:
+        """Its engines may be made there."""
+        return not self.allow_clusters or cluster in self.allow_clusters
 
     def on(self, gpu: Gpu, kv_bytes: int | None = None) -> Served:
         """On GPUs of a kind, with so much KV memory on each. Raises `ConfigError` where it does not fit."""
@@ -406,6 +413,7 @@ class SimFleet:
     #: Those that run at the start, and those that may be brought.
     models: Mapping[str, SimModel] = field(default_factory=dict[str, SimModel])
     engines: tuple[SimEngine, ...] = ()
+    tenants: tuple[Tenant, ...] = ()
 
 
 def load_sim_fleet(path: str | Path) -> SimFleet:
@@ -492,13 +500,22 @@ def _of_gpus(tables: FleetTables, clusters: Mapping[str, SimCluster]) -> SimFlee
             except ConfigError as e:
                 raise tables.file.error(("gpu", n, "models"), str(e)) from None
     for n, described in enumerate(tables.models):
-        if not any(_fits(known[described.name], gpus()[table.kind], table.count) for table in tables.gpus):
+        allowed = [table for table in tables.gpus if described.may_run(table.cluster)]
+        if not any(_fits(known[described.name], gpus()[table.kind], table.count) for table in allowed):
             raise tables.file.error(
                 ("model", n),
-                f"model {described.name!r} fits no GPU of this fleet: larger GPUs, or more of them in a node (count)",
+                f"model {described.name!r} fits no GPU of this fleet (in its allow_clusters, if it has any): larger GPUs, or more "
+                "of them in a node (count)",
             )
+    tenants = tables.live.tenants
     return SimFleet(
-        pool=tables.live.pool, clusters=clusters, nodes=nodes, gpus=found, models=known, engines=tuple(engines)
+        pool=tables.live.pool,
+        clusters=clusters,
+        nodes=nodes,
+        gpus=found,
+        models=known,
+        engines=tuple(dataclasses.replace(e, spec=with_residency(e.spec, tenants)) for e in engines),
+        tenants=tenants,
     )
 
 
@@ -542,6 +559,7 @@ def sim_model(tables: FleetTables, n: int) -> SimModel:
         slots=table.slots or SLOTS,
         tensor_parallel=table.tensor_parallel,
         max_model_len=table.max_model_len,
+        allow_clusters=tuple(table.allow_clusters),
     )
 
 

@@ -40,6 +40,8 @@ SEARCHED: Final = 2_000
 
 SLOWDOWNS: Final = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 
+_CLIENT_ID: Final = "replay"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
@@ -218,7 +220,7 @@ class Maestro:
             granted_at_s=job.started_at_s,
             finished_at_s=now_s,
         )
-        await self._queue.finish(seen, token=job.token, now_s=now_s)
+        await self._queue.finish(seen, client_id=_CLIENT_ID, token=job.token, now_s=now_s)
         self.scheduler.take(seen)
 
     async def run_ended(self, run: Run, now_s: float) -> None:
@@ -245,7 +247,7 @@ def _ticket(job: _Job) -> Ticket:
     o = job.stage.seen
     return Ticket(
         stage_id=o.stage_id,
-        client_id="replay",
+        client_id=_CLIENT_ID,
         model=o.model,
         run_id=o.run_id,
         workflow=o.workflow,

@@ -444,6 +444,7 @@ class World:
                 predictions={stage_id: job.prediction for _, stage_id, job in heads},
                 engines=engines,
                 cached_tokens=cached,
+                complete=False,
             ),
             self._policy,
             epoch=1,

@@ -43,7 +43,7 @@ def load_host(path: Path, node_id: str, state: Path, *, elastic: bool = False) -
 
     Raises `ConfigError`, one line, with the line of the file.
     """
-    tables = load_tables(path)
+    tables = load_tables(path, this_node=node_id)
     if not tables.places:
         raise ConfigError(
             f"{path} has no [[gpu]]: a node's engines are made of its GPUs (serving/deploy/fleet.node-*.toml)"
@@ -79,8 +79,8 @@ def load_host(path: Path, node_id: str, state: Path, *, elastic: bool = False) -
         if model.name not in fits:
             raise tables.file.error(
                 model.place,
-                f"model {model.name!r} fits no GPU of this fleet: larger GPUs, a smaller kv_cache_memory_bytes, or the GPUs "
-                "that it starts on ([[gpu]] models) where it takes several",
+                f"model {model.name!r} fits no GPU of this fleet (in its allow_clusters, if it has any): larger GPUs, a smaller "
+                "kv_cache_memory_bytes, or the GPUs that it starts on ([[gpu]] models) where it takes several",
             )
     cluster = next(tables.gpus[p.table].cluster for p in tables.places if p.node_id == node_id)
     return Host(
@@ -161,6 +161,8 @@ def _engines(
 ) -> Iterator[NodeEngine]:
     """All engines that the GPUs of a place can have."""
     table = tables.gpus[place.table]
+    barred = {m.name for m in tables.models if not m.may_run(table.cluster)}
+    models = {name: model for name, model in models.items() if name not in barred}
     fixed: set[str] = set()
     for model in models.values():
         width = _width(model, table)

@@ -123,7 +123,9 @@ class Node:
         self.host = host
         self._proxy = proxy
         self._queue = queue
-        self._clock = clock
+        self.clock = clock
+        #: When the queue last took a report.
+        self.told_at_s = -math.inf
         self._state = state
         self._gpus = {gpu.gpu_id: gpu for gpu in host.gpus}
         self.ledgers = {gpu.gpu_id: KvLedger(usable_bytes=gpu.usable_bytes, factor=gpu.kv_factor) for gpu in host.gpus}
@@ -165,7 +167,7 @@ class Node:
         return NodeReport(
             node_id=self.host.node_id,
             cluster=self.host.cluster,
-            at_s=self._clock.now_s(),
+            at_s=self.clock.now_s(),
             ram_bytes=self.host.ram_bytes,
             ram_free_bytes=max(0, self.host.ram_bytes - asleep),
             gpus=gpus,
@@ -252,7 +254,7 @@ class Node:
             await self._proxy.stop()
         with contextlib.suppress(MaestroError, TimeoutError):
             async with asyncio.timeout(BEAT_S):
-                await self._queue.report(self.report(), now_s=self._clock.now_s(), ttl_s=TTL_S)
+                await self._queue.report(self.report(), now_s=self.clock.now_s(), ttl_s=TTL_S)
 
     async def leave(self) -> None:
         """Let go of connections and of moves under way; servers run on, for the next agent."""
@@ -362,7 +364,8 @@ class Node:
             self._let_in()
             try:
                 async with asyncio.timeout(TTL_S):
-                    await self._queue.report(self.report(), now_s=self._clock.now_s(), ttl_s=TTL_S)
+                    await self._queue.report(self.report(), now_s=self.clock.now_s(), ttl_s=TTL_S)
+                self.told_at_s = self.clock.now_s()
             except (MaestroError, TimeoutError) as e:
                 log.warning("the report did not arrive: %s", e or "too slow")
                 await asyncio.sleep(BEAT_S)
@@ -405,7 +408,7 @@ class Node:
     def _believe(self, e: _Engine, look: Look) -> None:
         """What an engine is seen to be is true, whatever we thought: it may have died, or somebody else may have moved it."""
         e.look = look
-        now_s, mono_s = self._clock.now_s(), time.monotonic()
+        now_s, mono_s = self.clock.now_s(), time.monotonic()
         e.idle = e.idle + 1 if look.running == 0 == look.waiting else 0
         if e.tier in HAS_SERVER and not look.alive:
             self._fails(e, "its server died")
@@ -445,7 +448,7 @@ class Node:
         here = (o.look.device_bytes for o in self._engines.values() if gpu in o.about.gpus)
         found = await asyncio.to_thread(  # statistics take milliseconds, and seconds to import
             memory.look,
-            self._clock.now_s(),
+            self.clock.now_s(),
             host_bytes=e.look.host_bytes,
             host_left_bytes=_available_bytes() // max(1, ages),
             device_bytes=e.look.device_bytes - (max(0, e.look.kv_used_bytes) if e.driver.elastic == "enforced" else 0),
@@ -539,7 +542,7 @@ class Node:
 
     async def _move(self, e: _Engine, to: Tier) -> None:
         """Carry out one move, whatever becomes of it."""
-        was, began_at_s, began_s = e.tier, self._clock.now_s(), time.monotonic()
+        was, began_at_s, began_s = e.tier, self.clock.now_s(), time.monotonic()
         error = ""
         try:
             await self._carry(e, was, to)
@@ -615,13 +618,13 @@ class Node:
         self._rests(e)
 
     def _fails(self, e: _Engine, why: str) -> None:
-        e.failed, e.failed_at_s = why, self._clock.now_s()
+        e.failed, e.failed_at_s = why, self.clock.now_s()
         e.ready_mono_s = time.monotonic() + min(LAST_BACKOFF_S, FIRST_BACKOFF_S * 2**e.failures)
         e.failures += 1
 
     def _comes(self, e: _Engine, tier: Tier) -> None:
         e.tier = e.to = tier
-        e.changed_at_s = self._clock.now_s()
+        e.changed_at_s = self.clock.now_s()
         e.idle = e.elsewhere = 0
         if tier == "gpu":
             e.failed, e.failed_at_s = "", 0.0

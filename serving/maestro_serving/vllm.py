@@ -90,6 +90,12 @@ def vllm_program() -> str:
     return found
 
 
+def _device(number: int) -> str:
+    """The node's GPU of this number, as CUDA knows it: of those that this process was given, where it was not given all."""
+    given = [d.strip() for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+    return given[number] if number < len(given) else str(number)
+
+
 def vllm_command(
     *,
     model: str,
@@ -139,7 +145,7 @@ def vllm_command(
         argv += ["--enforce-eager"]  # compiling costs minutes and gains little on a CPU
         env["VLLM_CPU_OMP_THREADS_BIND"] = str(cpu_core)
     if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(_device(n) for n in gpus)
         if len(gpus) > 1 and not any(a.startswith(("--tensor-parallel-size", "-tp")) for a in args):
             argv += ["--tensor-parallel-size", str(len(gpus))]
     if sleeps:
@@ -149,7 +155,8 @@ def vllm_command(
 
 
 class VllmProbe:
-    """`maestro_agents.ports.EngineProbe` over HTTP: ``/health``, then ``/metrics``.
+    """`maestro_agents.ports.EngineProbe` over HTTP: ``/health``, then ``/metrics``. A server that has no ``/health`` (a router in
+    an engine's place) lives as long as it lists its models; without vLLM's metrics its load is unknown.
 
     ``token``: what the proxy in front of an engine asks for, by the engine's id (`maestro_agents.tokens`).
     """
@@ -169,7 +176,10 @@ class VllmProbe:
             key = self._token(spec.engine_id)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            if (await self._http.get(f"{base}/health", headers=headers)).status_code != 200:
+            status = (await self._http.get(f"{base}/health", headers=headers)).status_code
+            if status == 404:
+                status = (await self._http.get(f"{base}/v1/models", headers=headers)).status_code
+            if status != 200:
                 return EngineHealth(healthy=False)
             page = await self._http.get(f"{base}/metrics", headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL):

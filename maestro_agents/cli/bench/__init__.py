@@ -122,6 +122,70 @@ def measure_faults(
         raise typer.Exit(1)
 
 
+@bench_app.command("failover")
+def measure_failover(
+    engine: Engine = "emulator",
+    kind: Annotated[list[str] | None, typer.Option("--kind", help="kill, stop, term; default all.")] = None,
+    times: Annotated[int, typer.Option(min=1, help="Trials of each kind.")] = 20,
+    seed: Annotated[int, typer.Option(help="Workload and moments at which the leader goes.")] = 0,
+    scale: Annotated[float, typer.Option(help="Length of answers, relative to the demo's.")] = 0.4,
+    logs: Annotated[Path | None, typer.Option(help="Folder for the processes' logs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Kill, stop or end the leader of three schedulers under load: how long nobody grants, what is lost or done twice. Example: maestro bench failover --times 20"""
+    from maestro_agents.cli.bench import failover as bench
+
+    kinds = tuple(kind or bench.KINDS)
+    if wrong := set(kinds) - set(bench.KINDS):
+        raise ConfigError(f"--kind {min(wrong)!r}: one of {', '.join(bench.KINDS)}")
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task(f"leaders go; {engine} engines", total=len(kinds) * times)
+
+        def say(row: dict[str, Any]) -> None:
+            progress.advance(task)
+            progress.console.print(
+                f"{row['kind']} seed {row['seed']}: {row['ok']}/{row['runs']} ok, gap {_seconds(row['gap_s'])}, "
+                f"{row['fast_in_gap']} fast meanwhile, {row['lost']} of {row['stages']} stages lost, "
+                f"asked twice {row['asked_twice']}" + (f"  {row['failed'][0]}" if row["failed"] else "")
+            )
+
+        rows = bench.run(engine, kinds, times, seed, scale, logs, say)
+    found = bench.summary(rows)
+    if as_json:
+        about = {"label": fleets.label(engine), "lease_s": bench.faults.LEASE_S, "period_s": bench.PERIOD_S}
+        print(json.dumps({**about, "schedulers": bench.SCHEDULERS, "summary": found, "trials": rows}))
+    else:
+        table = Table(
+            title=f"{bench.SCHEDULERS} schedulers, the leader goes; engines: {engine} ({fleets.label(engine)}), "
+            f"leadership period {bench.PERIOD_S:g} s"
+        )
+        names = "leader,trials,runs ok,stages,gap p50,longest,fast in gaps,lost,asked twice,deposed grants,kept"
+        for name in names.split(","):
+            table.add_column(name, no_wrap=True)
+        for r in found:
+            table.add_row(
+                *(r["fault"], str(r["trials"]), f"{r['ok']}/{r['runs']}", str(r["stages"])),
+                *(_seconds(r["gap_median_s"]), _seconds(r["gap_longest_s"])),
+                *(str(r[name]) for name in ("fast_in_gap", "lost", "asked_twice", "deposed_grants")),
+                "yes" if r["kept"] else "NO",
+            )
+        Console().print(table)
+        Console().print(
+            "gap: last grant of the old leader's planner to the first of the new one's. asked twice: calls that engines got "
+            f"more than once, by their own account. kept: all runs ended well, nothing lost or twice, gaps under "
+            f"{bench.PERIODS:g} periods."
+        )
+    if not all(r["kept"] for r in found):
+        raise typer.Exit(1)
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.2f} s"
+
+
 @bench_app.command("order")
 def measure_order(
     engine: Engine = "emulator",
@@ -776,6 +840,127 @@ def measure_place(
     else:
         bench.show(found)
     if any(c["over"] or c["violations"] for c in found["checks"].values()):
+        raise typer.Exit(1)
+
+
+@bench_app.command("clusters")
+def measure_clusters(
+    fleet: Annotated[
+        Path,
+        typer.Option("--fleet", help="Emulated engines of one model, in clusters with the rtt_s that is injected."),
+    ] = Path("serving/deploy/fleet.emulated-3clusters.toml"),
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="Repeat for more. Default: ours, and ours with three other routings."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs that arrive, four in about three seconds.")] = 60,
+    seed: Annotated[int, typer.Option(help="Runs, and moments of their arrival.")] = 0,
+    outage: Annotated[
+        bool, typer.Option("--outage", help="`ours` once more, and the largest cluster is lost for 15 s in the middle.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Clusters 1, 20 and 80 ms away: where calls went and why, live beside the simulator. Example: maestro bench clusters --runs 60 --outage
+
+    Emulated engines, each behind a proxy that delays every byte; real Redis, scheduler and client. Exit code 1 where a run was lost.
+    """
+    from maestro_agents.cli.bench import clusters as bench
+    from maestro_agents.cli.serve import check_policy
+
+    policies = list(dict.fromkeys(policy or bench.POLICIES))
+    for name in policies:
+        check_policy(name)
+    on = bench.bed(fleet, runs=runs, seed=seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("runs ended", total=runs * (len(policies) + outage))
+        found = bench.run(on, policies, seed=seed, outage=outage, look=lambda: progress.advance(task))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        bench.show(found)
+    if any(told["checks"]["failed"] for told in (*found["policies"].values(), *filter(None, [found["outage"]]))):
+        raise typer.Exit(1)
+
+
+@bench_app.command("gateway")
+def measure_gateway(
+    streams: Annotated[int, typer.Option(min=1, help="At once, through one gateway process.")] = 1000,
+    waves: Annotated[int, typer.Option(min=2, help="So often: what leaks grows with each.")] = 4,
+    pairs: Annotated[int, typer.Option(min=50, help="Calls each way, in turn.")] = 400,
+    as_json: Json = False,
+) -> None:
+    """The gateway: the same results as through the decorator, what it adds to a call, many streams at once. Example: maestro bench gateway --streams 1000
+
+    Real Redis, scheduler and gateway process; engines are emulated. Exit code 1 where a result differed or a stream did not end.
+    """
+    from maestro_agents.cli.bench import gateway as bench
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("pairs and streams", total=2 * (pairs + bench.WARM) + streams * waves)
+        found = bench.run(streams=streams, count=waves, pairs=pairs, look=lambda: progress.advance(task))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        bench.show(found)
+    if bench.lost(found):
+        raise typer.Exit(1)
+
+
+@bench_app.command("ray")
+def measure_ray(
+    kind: Annotated[list[str] | None, typer.Option("--kind", help="raylet, machine; default both.")] = None,
+    times: Annotated[int, typer.Option(min=1, help="Trials of each kind.")] = 3,
+    seed: Annotated[int, typer.Option(help="Workload, which machine, and the moments of the kills.")] = 0,
+    logs: Annotated[Path | None, typer.Option(help="Folder for the processes' logs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Nodes on a Ray cluster of three machines, one dies under load: when do its engines serve again? Example: maestro bench ray --times 3
+
+    A real Ray cluster on loopback whose GPUs are only counted; engines are emulated. Exit code 1 where a run or stage was lost.
+    """
+    from maestro_agents.cli.bench import ray as bench
+
+    kinds = tuple(kind or bench.KINDS)
+    if wrong := set(kinds) - set(bench.KINDS):
+        raise ConfigError(f"--kind {min(wrong)!r}: one of {', '.join(bench.KINDS)}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("the cluster starts", total=len(kinds) * times)
+
+        def say(row: dict[str, Any]) -> None:
+            progress.update(task, advance=1, description="machines die")
+            progress.console.print(
+                f"{row['kind']} seed {row['seed']}: {row['ok']}/{row['runs']} ok, {row['cut_streams']} cut streams, "
+                f"{len(row['failed'])} failed, processes gone {_seconds(row['processes_gone_s'])}, "
+                f"placed anew {_seconds(row['moved_s'])}, serves {_seconds(row['serves_s'])}"
+                + (f"  {row['failed'][0]}" if row["failed"] else ""),
+                markup=False,
+            )
+
+        found = bench.run(kinds, times, seed, logs, lambda line: progress.update(task, description=line), say)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        table = Table(title=f"a machine of a Ray cluster of {found['machines']} dies; engines {found['label']}")
+        names = "kill -9 of,trials,runs ok,cut,failed,lost,processes gone,away,placed anew,serves,kept"
+        for name in names.split(","):
+            table.add_column(name, no_wrap=True)
+        for r in found["summary"]:
+            table.add_row(
+                *(r["kind"], str(r["trials"]), f"{r['ok']}/{r['runs']}"),
+                *(str(r[name]) for name in ("cut_streams", "failed", "lost")),
+                *(_seconds(r[name]) for name in ("processes_gone_s", "away_s", "moved_s", "serves_s")),
+                "yes" if r["kept"] else "NO",
+            )
+        Console().print(table)
+        Console().print(
+            "Seconds from the kill, worst trial. processes gone: all that the machine ran has ended. away: its engine is out of the "
+            "fleet. placed anew: Ray has another machine for the node. serves: its engine does, from there. lost: runs that did "
+            "not end, and stages left in the queue."
+        )
+    if not all(r["kept"] for r in found["summary"]):
         raise typer.Exit(1)
 
 

@@ -99,10 +99,10 @@ class App:
                 return holds()
         return True
 
-    def offer(self, *, runs: int, seed: int) -> None:
+    def offer(self, *, runs: int, seed: int, rate_per_s: float = RATE_PER_S) -> None:
         """Give it a batch."""
         assert self.process.stdin is not None
-        order = {"runs": runs, "rate_per_s": RATE_PER_S, "seed": seed}
+        order = {"runs": runs, "rate_per_s": rate_per_s, "seed": seed}
         self.process.stdin.write(json.dumps(order).encode() + b"\n")
 
     async def finish(self, seed: int) -> bool:

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,26 +31,30 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from maestro_agents.cli.simulate.plays import Play, Played, longest_of
+from maestro_agents.cli.bench.live_play import (
+    LOOK_S,
+    WAIT_S,
+    Live,
+    arriving,
+    counted,
+    difference,
+    rows,
+    settled,
+    simulated,
+)
+from maestro_agents.cli.simulate.plays import Played, longest_of
 from maestro_agents.cli.simulate.tables import HEAD, WIDTH, cells
-from maestro_agents.cli.simulate.tables import rows as figures_of
 from maestro_agents.cli.up import Stack
-from maestro_agents.client import Client, Pass
-from maestro_agents.core import RunEnd, ServiceClass, Ticket
+from maestro_agents.client import Client
 from maestro_agents.errors import ConfigError, MaestroError
 from maestro_agents.fleet import load_fleet, load_tables
 from maestro_agents.nodes import Move, NodeReport
-from maestro_agents.policy import POLICIES
-from maestro_agents.predict.prefix import prompt_blocks
 from maestro_agents.queue.redis import RedisQueue
 from maestro_agents.simulator.compose import POPULARITY
 from maestro_agents.simulator.hardware import Gpu, Served, SimFleet, SimModel, load_sim_fleet
-from maestro_agents.simulator.score import Score
-from maestro_agents.simulator.workload import REFERENCE, Run, Stage, Workload, sample, write_lines
-from maestro_agents.simulator.world import EVENTS, Event, World
-from maestro_langgraph.stream import Usage, Watcher
+from maestro_agents.simulator.workload import REFERENCE, Run, Workload, sample, write_lines
+from maestro_agents.simulator.world import EVENTS, Event
 from maestro_serving.emulated_driver import states
-from maestro_serving.load import Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +82,6 @@ RUNS_PER_S: Final = 1 / 3
 LONGEST_DEADLINE_S: Final = 150.0
 """Runs with a longer one are left out: play goes on for so long after the last arrival."""
 
-LOOK_S: Final = 0.1
-"""How often the nodes' reports are read, which come at least twice a second."""
-
-WAIT_S: Final = 600.0
-_AGAIN: Final = frozenset({0, 429, 503})
-"""Where an engine is gone, or busy, a stage waits again."""
-
-TOKENS: Final = range(16, 256)
-"""Prompts are made of these; every vocabulary has them."""
-
 
 # -- what is played ------------------------------------------------------------------------------------------------------
 def workload_of(fleet: SimFleet, *, runs: int, seed: int, speed: float = 1.0) -> Workload:
@@ -109,19 +102,12 @@ def workload_of(fleet: SimFleet, *, runs: int, seed: int, speed: float = 1.0) ->
             f"no recorded run is as short as this fleet's models take ({most} tokens): a larger max_model_len"
         )
     model_of = _spread(found, names)
-    rng = random.Random(f"{seed} place")
-    order: list[Run] = []
-    while len(order) < runs:
-        order += rng.sample(found, len(found))
     window_s = runs / RUNS_PER_S / speed
-    at = sorted(rng.uniform(0.0, window_s) for _ in range(runs))
-    arriving = tuple(
-        made(r, f"r{n}", at_s, lambda _, stage: model_of[stage.role], speed=speed)
-        for n, (r, at_s) in enumerate(zip(order, at, strict=False))
-    )
     return Workload(
         name=f"everything, {len(names)} models",
-        runs=arriving,
+        runs=arriving(
+            found, lambda _, stage: model_of[stage.role], runs=runs, window_s=window_s, seed=seed, speed=speed
+        ),
         warmup_s=window_s / 6,
         window_s=window_s,
         horizon_s=window_s + LONGEST_DEADLINE_S / speed,
@@ -144,31 +130,6 @@ def _spread(runs: Sequence[Run], models: Sequence[str]) -> Mapping[str, str]:
         lacking[most] -= seconds
         found[role] = models[most]
     return found
-
-
-def made(
-    run: Run, run_id: str, at_s: float, model_of: Callable[[Run, Stage], str], *, speed: float, prompts: int = 1
-) -> Run:
-    """A recorded run that arrives then, on these models; seconds are ``speed`` times shorter, prompts ``prompts`` times."""
-    stages = (
-        dataclasses.replace(
-            s,
-            model=model_of(run, s),
-            prompt_tokens=max(1, s.prompt_tokens // prompts),
-            shared_tokens=s.shared_tokens // prompts,
-            gap_s=s.gap_s / speed,
-            foreseen=None,
-        )
-        for s in run.stages
-    )
-    return dataclasses.replace(
-        run,
-        run_id=run_id,
-        at_s=at_s,
-        deadline_s=run.deadline_s / speed,
-        end_gap_s=run.end_gap_s / speed,
-        stages=tuple(stages),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,240 +277,6 @@ async def _count(watch: Watch, nodes: Sequence[Path]) -> None:
         watch.gpus |= await states(node)
 
 
-# -- playing live ----------------------------------------------------------------------------------------------------------
-class _Answer:
-    """One stage on its way: what reads its stream tells this (`maestro_langgraph.stream.Watched`)."""
-
-    def __init__(self, told: Pass, extended: Callable[[int], None]) -> None:
-        self.told = told
-        self.ok: bool | None = None
-        self._extended = extended
-
-    def first_byte(self) -> None:
-        self.told.first_byte()
-
-    def grew(self, output_tokens: int) -> None:
-        before = self.told.extensions
-        self.told.grew(output_tokens)
-        if self.told.extensions != before and self.told.grant is not None:
-            self._extended(self.told.grant.kv_bytes)
-
-    def finish(self, usage: Usage, *, ok: bool) -> None:
-        self.ok = ok
-        self.told.finish(
-            ok=ok,
-            prompt_tokens=usage.prompt_tokens,
-            output_tokens=usage.output_tokens or usage.content_events,
-            cached_tokens=usage.cached_tokens,
-            engine_queue_s=usage.engine_queue_s,
-            engine_ttft_s=usage.engine_ttft_s,
-        )
-
-    def cancel(self) -> None:
-        self.told.cancel()
-
-
-class Live:
-    """One play of a workload through the client that this process has. Moments are seconds since it began, by the pool's clock."""
-
-    def __init__(self, workload: Workload, alone: Callable[[Run], float]) -> None:
-        self._workload = workload
-        self._alone = alone
-        self._client = Client.current()
-        self._wire = Wire(timeout_s=WAIT_S)
-        self._caps = workload.caps()
-        self._began_at_s = 0.0
-        self.events: list[Event] = []
-        #: Runs that ended with an error, and which.
-        self.failed: dict[str, str] = {}
-        self.ended = 0
-        self._waiting: set[str] = set()
-        self._running: set[str] = set()
-
-    @property
-    def began_at_s(self) -> float:
-        """By the pool's clock."""
-        return self._began_at_s
-
-    def now_s(self) -> float:
-        return self._client.now_s() - self._began_at_s
-
-    async def play(self, look: Callable[[], None] = lambda: None) -> None:
-        """Play it: until every run has ended, or to its horizon. ``look`` is called after each run."""
-        self._began_at_s = self._client.now_s()
-        runs = {asyncio.create_task(self._run(run, look), name=run.run_id) for run in self._workload.runs}
-        try:
-            await asyncio.wait(runs, timeout=self._workload.horizon_s)
-        finally:
-            for task in runs:
-                task.cancel()
-            await asyncio.gather(*runs, return_exceptions=True)
-            await self._wire.aclose()
-        grants = sum(e[0] == "grant" for e in self.events)
-        self._tell("close", self.now_s(), len(self._waiting), len(self._running), 0, grants)
-
-    async def warm(self, model: str) -> None:
-        """Have a model serve one short call, of no run."""
-        stage = Stage(role="", model=model, prompt_tokens=16, output_tokens=1)
-        run = Run(
-            run_id=f"warm-{model}", app="", session="", at_s=0.0, service_class=ServiceClass.INTERACTIVE,
-            deadline_s=WAIT_S, stages=(stage,),
-        )  # fmt: skip
-        self._began_at_s = self._client.now_s()
-        await self._serve(run, 0, 0, 0.0)
-        self.events.clear()
-
-    def _tell(self, *event: Any) -> None:
-        self.events.append(event)
-
-    async def _run(self, run: Run, look: Callable[[], None]) -> None:
-        await asyncio.sleep(max(0.0, run.at_s - self.now_s()))
-        at_s = self.now_s()
-        deadline_at_s = at_s + run.deadline_s
-        self._tell(
-            *("run", at_s, run.run_id, run.app, run.service_class.value, run.tenant, deadline_at_s, len(run.stages)),
-            *(run.at_s >= self._workload.warmup_s, self._alone(run)),
-        )
-        steps = run.steps()
-        stages: list[asyncio.Task[None]] = []
-        outcome = "abandoned"
-        try:
-            async with asyncio.TaskGroup() as group:
-                for n, stage in enumerate(run.stages):
-                    before = [stages[b] for b in stage.after]
-                    stages.append(group.create_task(self._after(before, run, n, steps[n], at_s)))
-            await asyncio.sleep(run.end_gap_s)
-            outcome = "done"
-            self._tell("done", self.now_s(), run.run_id)
-        except* MaestroError as e:
-            outcome, self.failed[run.run_id] = "failed", str(e.exceptions[0])
-        finally:
-            self._client.end_run(
-                RunEnd(
-                    run_id=run.run_id,
-                    workflow=run.app,
-                    outcome=outcome,
-                    started_at_s=self._began_at_s + at_s,
-                    ended_at_s=self._client.now_s(),
-                    tenant=run.tenant,
-                )
-            )
-            self.ended += 1
-            look()
-
-    async def _after(self, before: Sequence[asyncio.Task[None]], run: Run, n: int, step: int, at_s: float) -> None:
-        """Wait for the stages that it comes after, and for tools; then it is ready."""
-        await asyncio.gather(*before)
-        await asyncio.sleep(run.stages[n].gap_s)
-        await self._serve(run, n, step, at_s)
-
-    async def _serve(self, run: Run, n: int, step: int, run_at_s: float) -> None:
-        stage, stage_id = run.stages[n], f"{run.run_id}.{n}"
-        body: dict[str, Any] = {
-            "model": stage.model,
-            "prompt": prompt_of(run, n),
-            "max_tokens": stage.output_tokens,
-            "min_tokens": stage.output_tokens,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        now_s = self._client.now_s()
-        told = self._client.open(
-            Ticket(
-                stage_id=stage_id,
-                client_id=self._client.client_id,
-                model=stage.model,
-                run_id=run.run_id,
-                workflow=run.app,
-                node=stage.role,
-                role=stage.role,
-                service_class=run.service_class,
-                tenant=run.tenant,
-                deadline_at_s=self._began_at_s + run_at_s + run.deadline_s,
-                run_started_at_s=self._began_at_s + run_at_s,
-                pushed_at_s=now_s,
-                due_at_s=now_s,
-                prompt_tokens=stage.prompt_tokens,
-                max_tokens=self._caps.get(run.app, 0),
-                prefix=prompt_blocks(body, self._client.salt),
-                visit=stage.visit,
-                step=step,
-                streams=True,
-            ),
-            original_url="http://127.0.0.1:9/v1",
-        )
-        if told is None:
-            raise ConfigError(f"no engine of this fleet serves {stage.model}")
-        ready_s = now_s - self._began_at_s
-        self._tell("ready", ready_s, stage_id, run.run_id, stage.role, stage.model, stage.prompt_tokens)
-        self._waiting.add(stage_id)
-        try:
-            while not await self._once(told, stage_id, body, ready_s):
-                ready_s = self.now_s()
-        except MaestroError as e:
-            self._tell("refuse", self.now_s(), stage_id, type(e).__name__)
-            raise
-        finally:
-            told.cancel()  # after its end it does nothing
-            self._waiting.discard(stage_id)
-            self._running.discard(stage_id)
-
-    async def _once(self, told: Pass, stage_id: str, body: Mapping[str, Any], ready_s: float) -> bool:
-        """Wait for a grant and call the engine, as the gate does. False: it is to wait again."""
-        engine = await told.wait_async()
-        grant = told.grant
-        if engine.original or grant is None:
-            raise ConfigError(f"stage {stage_id} was sent on without a grant: does Redis answer?")
-        granted_s = max(ready_s, grant.granted_at_s - self._began_at_s)
-        self._waiting.discard(stage_id)
-        self._running.add(stage_id)
-        self._tell("grant", granted_s, stage_id, engine.engine_id, grant.kv_bytes)
-        answer = _Answer(told, lambda kv_bytes: self._tell("extend", self.now_s(), stage_id, kv_bytes))
-        watcher = Watcher(answer, events=True, hide_usage=False, legible=True)
-        told.sent()
-        own = {"model": engine.served_model or body["model"], "priority": grant.priority}
-
-        def feed(chunk: bytes) -> None:
-            watcher.feed(chunk)
-            watcher.handed()
-
-        status = await self._wire.stream(f"{engine.url}/completions", {**body, **own}, feed, token=engine.token)
-        if answer.ok:
-            ended_s, usage = max(granted_s, self.now_s()), watcher.usage
-            started_s = min(ended_s, granted_s + usage.engine_queue_s)
-            first_s = min(ended_s, max(started_s, told.first_byte_at_s - self._began_at_s))
-            self._tell(
-                *("end", ended_s, stage_id, engine.engine_id, started_s, first_s, ended_s),
-                *(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens, 0, engine.kv_bytes_per_token),
-            )
-            return True
-        if status not in _AGAIN or not told.requeue(engine_down=not status, answered=bool(status)):
-            told.finish(ok=False)
-            raise _Broken(
-                f"engine {engine.engine_id} broke off {stage_id}"
-                if status == 200
-                else f"engine {engine.engine_id} answered {status}"
-            )
-        self._tell("requeue", max(granted_s, self.now_s()), stage_id, engine.engine_id)
-        self._running.discard(stage_id)
-        self._waiting.add(stage_id)
-        return False
-
-
-class _Broken(MaestroError):
-    """An engine did not answer as it should."""
-
-
-def prompt_of(run: Run, n: int) -> list[int]:
-    """As token ids: a conversation is one text, which grows with every call of it."""
-    talk = n
-    while run.stages[talk].shares >= 0:
-        talk = run.stages[talk].shares
-    rng = random.Random(f"{run.run_id}.{talk}")
-    return rng.choices(TOKENS, k=run.stages[n].prompt_tokens)
-
-
 # -- both plays ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
@@ -562,30 +289,6 @@ class Trial:
     events: Mapping[str, Sequence[Event]]
     moves: Sequence[Mapping[str, Any]]
     checks: Mapping[str, Any]
-
-
-def simulated(workload: Workload, fleet: SimFleet, policy: str) -> tuple[Played, list[Event]]:
-    """Play it on the simulator's clock."""
-    events: list[Event] = []
-    began_s = time.perf_counter()
-    World(workload, fleet, POLICIES[policy], tell=events.append).play()
-    return _counted(workload, events, time.perf_counter() - began_s), events
-
-
-def _counted(workload: Workload, events: Iterable[Event], wall_s: float, **known: float) -> Played:
-    score = Score(window_s=workload.window_s)
-    away = 0
-    for event in events:
-        score.take(event)
-        away += event[0] == "tier" and event[4] == "gpu"
-    return Played(
-        figures={**score.figures(), "sleeps": away, **known},
-        tenants=score.tenants(),
-        warmup_s=workload.warmup_s,
-        window_s=workload.window_s,
-        horizon_s=workload.horizon_s,
-        wall_s=wall_s,
-    )
 
 
 async def _live(
@@ -602,7 +305,7 @@ async def _live(
     try:
         await live.play(look)
         wall_s = time.perf_counter() - began_s
-        ledger = await _settled(queue)
+        ledger = await settled(queue)
         await _count(watch, nodes)
     finally:
         looking.cancel()
@@ -610,20 +313,8 @@ async def _live(
         await queue.close()
     events = sorted([*live.events, *_tiers(watch, live.began_at_s)], key=lambda e: e[1])
     events = [*(e for e in events if e[0] != "close"), *(e for e in events if e[0] == "close")]
-    played = _counted(bed.workload, events, wall_s, preemptions=sum(watch.preempted.values()))
+    played = counted(bed.workload, events, wall_s, preemptions=sum(watch.preempted.values()))
     return played, events, live, watch, ledger
-
-
-async def _settled(queue: RedisQueue, limit_s: float = 10.0) -> Mapping[str, Any]:
-    """What is still reserved once nobody asks for anything, and how soon that was nothing."""
-    began_s = time.monotonic()
-    while True:
-        ledger = await queue.ledger()
-        left = {e: n for e, n in ledger.slots.items() if n}
-        took_s = time.monotonic() - began_s
-        if not left or took_s > limit_s:
-            return {"reserved": left, "after_s": took_s}
-        await asyncio.sleep(LOOK_S)
 
 
 def _tiers(watch: Watch, began_at_s: float) -> list[Event]:
@@ -725,26 +416,13 @@ def run(
         "seed": seed,
         "speed": bed.speed,
         "policies": list(policies),
-        "rows": [row for each in done for row in _rows(each, seed)],
-        "difference": {each.policy: _difference(each) for each in done},
+        "rows": [
+            row for each in done for row in rows(each.policy, {"live": each.live, "simulated": each.simulated}, seed)
+        ],
+        "difference": {each.policy: difference(each.live, each.simulated) for each in done},
         "moves": {each.policy: list(each.moves) for each in done},
         "checks": {each.policy: dict(each.checks) for each in done},
     }
-
-
-def _rows(trial: Trial, seed: int) -> list[dict[str, Any]]:
-    """The two rows of a policy, in the words of `maestro simulate`; a play is one seed, at the one load that there is."""
-    found: list[dict[str, Any]] = []
-    for played, result in (("live", trial.live), ("simulated", trial.simulated)):
-        (row,) = figures_of({Play(policy=trial.policy, load=1.0, seed=seed): result})
-        found.append({"played": played, **row})
-    return found
-
-
-def _difference(trial: Trial) -> dict[str, float | None]:
-    """Live less simulated: the cost of the real scheduler, Redis and clocks, figure by figure."""
-    live, sim = trial.live.figures, trial.simulated.figures
-    return {k: None if math.isnan(live[k] - sim[k]) else live[k] - sim[k] for k in sim if k not in {"plans", "runs"}}
 
 
 def _lines(trial: Trial, workload: Workload, seed: int) -> Iterable[Any]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from maestro_agents.cli.bench.place import Bed, made
+from maestro_agents.cli.bench.live_play import arriving
+from maestro_agents.cli.bench.place import Bed
 from maestro_agents.cli.bench.stack import MODEL_PATH_ENV, label
 from maestro_agents.errors import ConfigError
 from maestro_agents.nodes import Move, Tier
@@ -35,7 +35,7 @@ from maestro_agents.simulator.hardware import (
     gpus,
     named_profile,
 )
-from maestro_agents.simulator.workload import Run, Workload, sample
+from maestro_agents.simulator.workload import Workload, sample
 from maestro_serving.hosts import CPU_SERVER_BYTES
 from maestro_serving.weights import size_bytes, weight_files
 
@@ -112,18 +112,18 @@ def workload(*, runs: int, seed: int) -> Workload:
         if r.deadline_s <= LONGEST_DEADLINE_S
         and all(s.prompt_tokens // PROMPTS + s.output_tokens < MAX_MODEL_LEN for s in r.stages)
     ]
-    rng = random.Random(f"{seed} place")
-    order: list[Run] = []
-    while len(order) < runs:
-        order += rng.sample(found, len(found))
     model_of = {app: MODELS[n % 3 > 0] for n, app in enumerate(sorted({r.app for r in found}))}
     window_s = runs / RUNS_PER_S
-    at = sorted(rng.uniform(0.0, window_s) for _ in range(runs))
     return Workload(
         name="everything, 2 models",
-        runs=tuple(
-            made(r, f"r{n}", at_s, lambda run, _: model_of[run.app], speed=FASTER, prompts=PROMPTS)
-            for n, (r, at_s) in enumerate(zip(order, at, strict=False))
+        runs=arriving(
+            found,
+            lambda run, _: model_of[run.app],
+            runs=runs,
+            window_s=window_s,
+            seed=seed,
+            speed=FASTER,
+            prompts=PROMPTS,
         ),
         warmup_s=window_s / 6,
         window_s=window_s,

@@ -144,7 +144,7 @@ def show_status(redis_url: Redis = None, pool: Pool = None, as_json: OneJson = F
     answers that stayed below the p90, 90 % if all is well. Then the same of the second model, which says what a run still writes
     after a call: beside it what such calls were mostly followed by.
     """
-    from maestro_agents.cli.monitor import _with_queue
+    from maestro_agents.cli.monitor import with_queue
     from maestro_agents.cli.predict import live
 
     async def look(queue: Queue, *_: object) -> None:
@@ -154,7 +154,7 @@ def show_status(redis_url: Redis = None, pool: Pool = None, as_json: OneJson = F
         else:
             live.show(live.status_view(found))
 
-    _with_queue(redis_url, pool, look)
+    with_queue(redis_url, pool, look)
 
 
 @predict_app.command("explain")
@@ -179,7 +179,7 @@ def explain_stage(
     """
     if bool(stage) is (ticket is not None):
         raise ConfigError("which stage? Give the beginning of its id, or --ticket FILE")
-    from maestro_agents.cli.monitor import _with_queue
+    from maestro_agents.cli.monitor import with_queue
     from maestro_agents.cli.predict import live
     from maestro_agents.settings import Settings
 
@@ -193,7 +193,7 @@ def explain_stage(
     if ticket is not None and Settings.load(redis_url=redis_url).redis_url is None:
         asyncio.run(look(None))
     else:
-        _with_queue(redis_url, pool, look)
+        with_queue(redis_url, pool, look)
 
 
 @predict_app.command("rollback")
@@ -207,14 +207,14 @@ def roll_back(
 
     All its schedulers take it over within seconds. A later training that does better replaces it: MAESTRO_RETRAIN=off ends that.
     """
-    from maestro_agents.cli.monitor import _with_queue
+    from maestro_agents.cli.monitor import with_queue
     from maestro_agents.cli.predict import live
 
     async def act(queue: Queue, *_: object) -> None:
         chosen = await live.roll_back(queue, version)
         print(json.dumps({"version": chosen}) if as_json else f"{chosen} predicts from now on.")
 
-    _with_queue(redis_url, pool, act)
+    with_queue(redis_url, pool, act)
 
 
 @contextmanager

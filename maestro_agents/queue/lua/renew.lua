@@ -7,8 +7,10 @@ local led = redis.call('HGET', KEYS[4], 'until')
 local result = {redis.call('GET', KEYS[3]) or '0', (led and tonumber(led) > tonumber(ARGV[3])) and 1 or 0}
 for i = 5, #KEYS do
   local id, token = ARGV[2 * i - 6], ARGV[2 * i - 5]
-  local stage = redis.call('HMGET', KEYS[i], 'status', 'token')
-  if stage[1] == 'granted' and (token == '0' or token == stage[2]) then
+  local stage = redis.call('HMGET', KEYS[i], 'status', 'token', 'client')
+  if stage[3] ~= ARGV[1] then
+    result[#result + 1] = 'gone'; result[#result + 1] = id
+  elseif stage[1] == 'granted' and (token == '0' or token == stage[2]) then
     redis.call('ZADD', KEYS[2], ARGV[2], id)
     if token == '0' then result[#result + 1] = 'granted'; result[#result + 1] = id end
   elseif not (stage[1] == 'queued' and token == '0') then
