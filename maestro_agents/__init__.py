@@ -25,11 +25,14 @@ Around the journey:
   `maestro_agents.ports`: all that is needed from outside, with its promises.
 * `maestro_agents.settings`: ``MAESTRO_*`` and ``maestro.toml``; `maestro_agents.fleet`: ``fleet.toml``;
   `maestro_agents.events`: the file with a line for every call and run that ended.
+* `maestro_agents.tenants`: shares, quotas, residency (`policy.quota` holds to them, `maestro_agents.chargeback` counts what they used);
+  `maestro_agents.distance`: how far clusters are from an app; `maestro_agents.hints`: what engines and routers are told, and callers tell us;
+  `maestro_agents.nodes`: what node agents report, and `maestro_agents.placer` wants of them; `maestro_agents.usage`: what an answer says of its cost.
 * `maestro_agents.guard`: child processes that end when their owner does, kill -9 included.
 * `maestro_agents.simulator`: the engine model that the emulator runs on; a record played again (`recording`, `replay`); and
   workloads made of recorded sessions (`sessions`, `compose`, `workload`) played under any policy (`world`, `gpus`) on `hardware`
   with published speeds, predicted by models that never saw them (`foresight`), counted (`score`), to look at (`perfetto`).
-* ``maestro_serving``: launch, adopt, observe and emulate engines.
+* ``maestro_serving``: launch, adopt, observe and emulate engines; the node agent, Ray, the proxy, and the gateway for everybody else.
 * `maestro_agents.cli`: the ``maestro`` command.
 
 Imports point one way, downwards in this list never; ``tests/test_architecture.py`` holds the table.
