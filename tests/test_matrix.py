@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -95,10 +96,16 @@ def test_a_call_past_the_gate_fails_its_cell(bench: Bench, monkeypatch: pytest.M
 
 def test_a_changed_answer_fails_its_cell(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Maestro changes a request, the answer differs and the cell tells where."""
+    from maestro_agents.hints import Sent
     from maestro_langgraph.call import Call
 
     added = Call.added
-    monkeypatch.setattr(Call, "added", lambda call: {**added(call), "max_completion_tokens": 5})
+
+    def changed(call: Call) -> Sent:
+        sent = added(call)
+        return dataclasses.replace(sent, body={**sent.body, "max_completion_tokens": 5})
+
+    monkeypatch.setattr(Call, "added", changed)
     cell = bench.cell("chain", "invoke")
     assert cell.failed == ("E",)
     assert "plan" in cell.detail

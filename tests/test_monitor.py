@@ -344,7 +344,8 @@ async def test_top_outlives_a_redis_that_is_killed_and_started_again():
             while not (await watch.snapshot()).trouble:
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(redis.restart)
-            assert (await watch.snapshot()).trouble == ""
+            while (await watch.snapshot()).trouble:  # it pauses between tries
+                await asyncio.sleep(0.01)
         finally:
             await queue.close()
 

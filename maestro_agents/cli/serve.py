@@ -60,7 +60,7 @@ def scheduler(
     until_stopped(_schedule(whole, url, pool or whole.pool, policy, settings, metrics))
 
 
-async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Settings, metrics: str) -> None:
+async def _schedule(fleet: Fleet, url: str, pool: str, policy: str, settings: Settings, metrics: str = "") -> None:
     from maestro_agents.policy import LIVE
     from maestro_agents.predict.live import Learner, default_model
     from maestro_agents.queue.redis import RedisClock, RedisQueue
