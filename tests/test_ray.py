@@ -20,7 +20,7 @@ from maestro_agents.cli.up import Stack
 from maestro_agents.errors import ConfigError
 from maestro_agents.fleet import load_fleet, load_tables
 from maestro_agents.queue.embedded import find_server
-from maestro_serving.ray_nodes import LoopbackCluster, bundles, check_reachable
+from maestro_serving.ray_nodes import LoopbackCluster, bundles, check_address, check_reachable
 from maestro_serving.vllm import vllm_command
 
 EMULATED = """
@@ -127,6 +127,15 @@ def test_several_hosts_need_a_redis_and_engines_that_they_can_reach(redis_url: s
     check_reachable(["10.0.0.7", "10.0.0.7"], redis_url=redis_url, engine_key=key)
     with pytest.raises(ConfigError, match=says):
         check_reachable(["10.0.0.7", "10.0.0.8"], redis_url=redis_url, engine_key=key)
+
+
+@pytest.mark.parametrize(
+    ("address", "why"), [("127.0.0.1:9", "Connection refused"), ("nowhere", "it looks like HOST:PORT")]
+)
+def test_a_cluster_that_is_not_there_is_one_line_at_once(address: str, why: str) -> None:
+    """With what to start; Ray itself would try for minutes."""
+    with pytest.raises(ConfigError, match=f"--ray {address}: {why}. Start a cluster with"):
+        check_address(address)
 
 
 def test_without_ray_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -716,6 +716,7 @@ def ray(name: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "ray": ray,
     "clusters": clusters,
+    "clusters-busy": clusters,
     "clusters-why": clusters_why,
     "gateway": gateway,
     "gateway-streams": gateway_streams,

@@ -540,6 +540,10 @@ def run(
     settings = Settings.load(redis_url=redis_url)
     whole = load_fleet(fleet)
     check_policy(policy)
+    if ray is not None:
+        from maestro_serving.ray_nodes import check_address
+
+        check_address(ray)
     url = redis_url or whole.redis_url or settings.redis_url
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -34,6 +35,13 @@ from maestro_serving.proxy import on_loopback
 
 HOW_TO_GET: Final = "pip install 'maestro-agents[ray]'"
 LOCAL: Final = "local"
+AUTO: Final = "auto"
+HOW_TO_START: Final = (
+    f"Start a cluster with `ray start --head`, join this machine with `ray start --address ...`, or try --ray {LOCAL}"
+)
+
+CONNECT_S: Final = 5.0
+"""Who has not taken a connection by then is not there."""
 """As an address: a Ray of one machine, started here and ended with us, with as many resources as the fleet asks for."""
 
 STORE_BYTES: Final = 80_000_000
@@ -145,6 +153,19 @@ def check_reachable(hosts: Sequence[str], *, redis_url: str, engine_key: str) ->
         )
 
 
+def check_address(address: str) -> None:
+    """Raise `ConfigError` where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    if address in {LOCAL, AUTO}:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
+            pass
+    except (OSError, ValueError, OverflowError) as e:
+        why = getattr(e, "strerror", None) or "it looks like HOST:PORT"
+        raise ConfigError(f"--ray {address}: {why}. {HOW_TO_START}") from None
+
+
 def _ray(*, loopback: bool = False) -> Any:
     """Ray, imported. ``loopback``: before the first import, else it says nothing: a Ray started here stays on 127.0.0.1."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -248,10 +269,7 @@ class RayNodes:
                 ray.init(address=self._address, **said)
         except (ConnectionError, ValueError, RuntimeError, AssertionError) as e:
             first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise ConfigError(
-                f"--ray {self._address}: {first}. Start one with `ray start --head`, join this machine with `ray start --address ...`, "
-                f"or try --ray {LOCAL}"
-            ) from None
+            raise ConfigError(f"--ray {self._address}: {first}. {HOW_TO_START}") from None
         finally:
             if main:
                 signal.signal(signal.SIGTERM, handler)  # Ray puts its own in its place
