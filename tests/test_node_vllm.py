@@ -38,6 +38,9 @@ pytestmark = [
     ),
 ]
 
+LONG = 1900
+"""Tokens of the longest answer that the model can give: it must still run when the next look sees it."""
+
 START_S = 300.0
 """Two engines on two loaded cores."""
 
@@ -141,7 +144,7 @@ async def test_two_engines_serve_and_are_measured(fleet: Fleet) -> None:
     """Each on a port of loopback: what it runs, its KV memory, its speed and its memory are in the report."""
     assert fleet.engine(0).spec.url != fleet.engine(1).spec.url
     assert (await fleet.ask(0)).status_code == 200
-    long = [asyncio.create_task(fleet.ask(0, 1200)) for _ in range(2)]
+    long = [asyncio.create_task(fleet.ask(0, LONG)) for _ in range(2)]
     await fleet.until(0, running=1, waiting=1)
     async with asyncio.timeout(30):
         while fleet.engine(0).tokens_per_s <= 0 or fleet.engine(0).kv_used_bytes <= 0:
@@ -158,7 +161,7 @@ async def test_two_engines_serve_and_are_measured(fleet: Fleet) -> None:
 
 async def test_urgent_requests_overtake(fleet: Fleet) -> None:
     """With one slot taken, what waits is served by priority, lower first."""
-    first = asyncio.create_task(fleet.ask(1, 1900))
+    first = asyncio.create_task(fleet.ask(1, LONG))
     await fleet.until(1, running=1)
     order: list[int] = []
 
@@ -176,7 +179,7 @@ async def test_urgent_requests_overtake(fleet: Fleet) -> None:
 
 async def test_a_cancelled_request_leaves_its_engine(fleet: Fleet) -> None:
     """Who hangs up is not computed for any longer, and the report says so."""
-    task = asyncio.create_task(fleet.ask(0, 1500))
+    task = asyncio.create_task(fleet.ask(0, LONG))
     await fleet.until(0, running=1)
     task.cancel()
     await fleet.until(0, 10, running=0)
@@ -185,7 +188,7 @@ async def test_a_cancelled_request_leaves_its_engine(fleet: Fleet) -> None:
 @pytest.mark.parametrize("tier", ["sleeping", "dropped"])
 async def test_a_model_sleeps_once_it_is_idle_and_wakes_to_serve(fleet: Fleet, tier: Tier) -> None:
     """What runs is finished first; who asks a sleeping server waits and is served after the wake; health says nothing."""
-    running = asyncio.create_task(fleet.ask(1, 1200))
+    running = asyncio.create_task(fleet.ask(1, LONG))
     await fleet.until(1, running=1)
     await fleet.want(1, tier)
     await fleet.until(1, tier="gpu", to=tier)
@@ -210,7 +213,7 @@ async def test_a_server_put_to_sleep_by_somebody_else_is_seen_and_woken(fleet: F
     """``mode=abort`` answers what ran with 200 and "abort"; the node is not fooled by a healthy server: it wakes it."""
     await fleet.want(0, "gpu")
     await fleet.until(0, tier="gpu")
-    running = asyncio.create_task(fleet.ask(0, 1500))
+    running = asyncio.create_task(fleet.ask(0, LONG))
     await fleet.until(0, running=1)
     moves = len([m for m in fleet.node.report().moves if m.was == "sleeping"])
     assert (await fleet.post(0, "/sleep?level=1&mode=abort")).status_code == 200
@@ -244,7 +247,7 @@ async def test_an_agent_that_comes_back_takes_the_same_servers_over(fleet: Fleet
 
 async def test_an_engine_that_is_killed_is_told_of_and_comes_back(fleet: Fleet) -> None:
     """Kill -9 in the middle of an answer: the caller's connection breaks, the report says dead, a new server serves."""
-    running = asyncio.create_task(fleet.ask(0, 1500))
+    running = asyncio.create_task(fleet.ask(0, LONG))
     await fleet.until(0, running=1)
     os.kill(fleet.drivers["tiny.n.0"]._kept.pid, signal.SIGKILL)
     with pytest.raises(httpx.TransportError):
