@@ -415,19 +415,25 @@ def test_pressure_rises_through_all_levels_and_recovers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_engines_over_subscribed_threefold_outgrow_the_gpu_and_all_requests_end(tmp_path: Path) -> None:
-    """A real node agent and a real emulator process: all that was promised is needed, so the GPU is paused, requests are preempted
-    where that comes too late, it recovers; nobody is aborted, no engine ends, and no byte is mapped that is not there.
+    """A real node agent and a real emulator process: all that was promised is needed, so the GPU is paused, requests are preempted,
+    it recovers; nobody is aborted, no engine ends, and no byte is mapped that is not there. Now and then pausing alone is in time:
+    then once more, three times at most.
     """
     names = list(kv.served())
     requests = [
         kv.Request(at_s=0.0, engine_id=names[n % 2], interactive=n % 4 < 2, prompt_tokens=300 + n, output_tokens=600)
         for n in range(44)
     ]
-    found = await kv.trial(3.05, requests, tmp_path)
-    assert (found.completed, found.failed) == (len(requests), [])
-    assert found.promised_bytes == pytest.approx(3.05 * found.kv_bytes, rel=0.01)
-    assert {"paused", "preempting"} & set(found.levels)
-    assert found.levels[-1] in {"normal", "tight"}
-    assert found.preemptions > 0 or "preempting" not in found.levels
-    assert found.violations == 0
+    for n in range(3):
+        found = await kv.trial(3.05, requests, tmp_path / str(n))
+        assert (found.completed, found.failed) == (len(requests), [])
+        assert found.promised_bytes == pytest.approx(3.05 * found.kv_bytes, rel=0.01)
+        assert "paused" in found.levels
+        assert found.levels[-1] in {"normal", "tight"}
+        assert found.violations == 0
+        if "preempting" in found.levels:
+            break
+    assert "preempting" in found.levels
+    assert found.preemptions > 0

@@ -925,3 +925,18 @@ async def test_a_dead_client_gets_no_grant() -> None:
     await w.round()
     assert w.statuses("1") == ["lost"]
     assert await w.reserved() == 0
+
+
+@pytest.mark.parametrize(("policy", "fast"), [("ours", True), ("edf", True), ("ours-nearest", False)])
+async def test_a_policy_that_routes_by_itself_leaves_nothing_to_the_fast_path(policy: str, fast: bool) -> None:
+    """Its credits are never valid, so that every stage waits for its word; another order alone changes nothing of that."""
+    store, clock = Store(), Clock()
+    engine = EngineSpec(engine_id="e", url="http://127.0.0.1:1/v1", model="m", slots=1)
+    leader = Scheduler(store, [engine], clock=clock, holder="a", policy=LIVE[policy])
+    assert await leader.lead()
+    _, _, valid_until_s = store.published[-1]
+    assert (valid_until_s > clock.at_s) is fast
+    ticket = Ticket(stage_id="s", client_id="c", model="m")
+    assert (await store.push(ticket, engines=[engine], now_s=clock.at_s) is not None) is fast
+    await leader.step()
+    assert [r.ticket.stage_id for r in await store.running()] == ["s"]
