@@ -27,12 +27,13 @@ from starlette.routing import Route
 
 from maestro_agents.cli import main
 from maestro_agents.core import Mode, ServiceClass, Status, Switch
+from maestro_agents.errors import QueueFull, QuotaExceeded, StageRefused
 from maestro_agents.queue.embedded import EmbeddedRedis
 from maestro_agents.tenants import Tenant
 from maestro_serving.emulator import listen, url_of
 from maestro_serving.gateway import app as app_module
 from maestro_serving.gateway import identity, server
-from maestro_serving.gateway.relay import SCHEDULERS_ONLY
+from maestro_serving.gateway.relay import SCHEDULERS_ONLY, RefusedCall
 from tests.front import Front, chat
 from tests.stub_openai import StubServer, dead_url, fleet_toml, stub_servers
 
@@ -638,3 +639,13 @@ def _refuses(url: str) -> bool:
     except httpx.TransportError:
         return True
     return False
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [(QueueFull, "queue_full"), (QuotaExceeded, "quota_exceeded"), (StageRefused, "stage_refused")],
+)
+def test_what_may_be_tried_again_says_which_and_when(kind: Any, code: str) -> None:
+    """429, with its own code and the moment that the queue gave."""
+    found = RefusedCall.of(kind("Try again later.", retry_after_s=3.5))
+    assert (found.status, found.body["error"]["code"], found.retry_after_s) == (429, code, 3.5)
